@@ -1,0 +1,1 @@
+"""Registry of adapters, and where their bytes are."""

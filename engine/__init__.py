@@ -1,0 +1,1 @@
+"""Sequences, the step loop, one base model shared by every adapter."""

@@ -1,0 +1,1 @@
+"""`loraplex up`: every service on one machine, as children of one process."""
