@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -81,13 +82,13 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    hub_logging: Any = logging
+    hub_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     # Packed GGUF blocks could be neither saved nor wrapped.
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -95,6 +96,9 @@ def convert(gguf: Path, folder: Path) -> None:
     model.config.name_or_path = NAME
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # safetensors are written for the owner alone; services of other users on this machine read them too.
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def _complete(folder: Path) -> bool:

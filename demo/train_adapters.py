@@ -1,7 +1,7 @@
 """Trains the demo adapters: `python -m demo.train_adapters [NAME ...]`, a few minutes each on two CPU cores.
 
-Data comes from demo/data (written by `--data` from demo/tasks.py); the result goes to demo/adapters as PEFT folders with
-bfloat16 safetensors. Everything is seeded. Ends with the held-out score of base and adapter.
+Data comes from demo/data (written by `--data` from demo/tasks.py); the result goes to demo/adapters: PEFT folders with
+bfloat16 weights. Everything is seeded. Ends with the held-out score of base and adapter.
 """
 
 from __future__ import annotations
