@@ -1,0 +1,115 @@
+"""Errors of the engine.
+
+Internal
+├── IllegalTransition   ILLEGAL_TRANSITION   a sequence was told to do what its state does not allow
+├── BlocksCorrupt       BLOCKS_CORRUPT       a KV block is lost, held twice or freed twice
+├── StaleRows           STALE_ROWS           a step would have used adapter rows that are no longer its own
+├── BadLogits           BAD_LOGITS           the model's output for one sequence is not finite
+└── StepFailed          STEP_FAILED          the forward pass of a step raised
+Exhausted
+└── DeviceFull          DEVICE_FULL          an adapter does not fit in what is left of the adapter memory
+NotServable
+├── BadArtifact         BAD_ARTIFACT         a packed adapter is not what it says, or does not fit this base
+└── NoAdapters          NO_ADAPTERS          this engine has no cache and serves the base only
+Aborted
+└── AdapterRemoved      ADAPTER_REMOVED      the adapter was taken away while a sequence used it
+Unavailable
+├── EngineLoading       ENGINE_LOADING       the base is not loaded yet
+└── EngineDraining      ENGINE_DRAINING      the process is about to end and takes nothing new
+"""
+
+from __future__ import annotations
+
+from servicekit.errors import Aborted, Exhausted, Internal, NotServable, Unavailable
+
+
+class IllegalTransition(Internal):
+    """Raised when a sequence's state does not allow an event; the sequence is unchanged."""
+
+    def __init__(self, state: str, event: str) -> None:
+        super().__init__(
+            f"a sequence that is {state} cannot be {event}", "ILLEGAL_TRANSITION", state=state, event=event
+        )
+
+
+class BlocksCorrupt(Internal):
+    """Raised when the account of KV blocks does not add up."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"KV blocks: {what}", "BLOCKS_CORRUPT")
+
+
+class StaleRows(Internal):
+    """Raised before a step would use adapter rows of another generation than its sequence started with."""
+
+    def __init__(self, digest: str, expected: int, found: int | None) -> None:
+        super().__init__(
+            f"adapter {digest[:12]}: rows of generation {expected} are gone, found {found}",
+            "STALE_ROWS",
+            digest=digest,
+            expected=expected,
+            found=found,
+        )
+
+
+class BadLogits(Internal):
+    """Raised for one sequence whose logits are NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's output is not a finite number", "BAD_LOGITS")
+
+
+class StepFailed(Internal):
+    """Raised for every sequence of a step whose forward pass raised."""
+
+    def __init__(self) -> None:
+        super().__init__("the step failed, see the engine's log", "STEP_FAILED")
+
+
+class DeviceFull(Exhausted):
+    """Raised when an adapter does not fit in what is left of the adapter memory."""
+
+    def __init__(self, needed: int, free: int, budget: int) -> None:
+        super().__init__(
+            f"the adapter takes {needed} bytes; {free} of {budget} are free",
+            "DEVICE_FULL",
+            needed_bytes=needed,
+            free_bytes=free,
+            budget_bytes=budget,
+        )
+
+
+class BadArtifact(NotServable):
+    """Raised when a packed adapter is not what it says, or does not fit this base."""
+
+    def __init__(self, message: str, **metadata: str | int | None) -> None:
+        super().__init__(message, "BAD_ARTIFACT")
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+class NoAdapters(NotServable):
+    """Raised for a request with an adapter on an engine that has no cache."""
+
+    def __init__(self) -> None:
+        super().__init__("this engine serves the base only", "NO_ADAPTERS")
+
+
+class AdapterRemoved(Aborted):
+    """Raised for a sequence whose adapter was removed by force."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__("the adapter was removed while it answered", "ADAPTER_REMOVED", digest=digest)
+
+
+class EngineLoading(Unavailable):
+    """Raised while the base is not loaded yet."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is loading its base", "ENGINE_LOADING", retry_after=1.0)
+
+
+class EngineDraining(Unavailable):
+    """Raised for what arrives after the engine was told to end."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is shutting down", "ENGINE_DRAINING", retry_after=1.0)

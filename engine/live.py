@@ -1,0 +1,85 @@
+"""A sequence with everything the loop keeps beside it: its request, its answer so far, its router, its spans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opentelemetry.trace import Span
+
+from engine.answer import Answer
+from engine.messages import Connection, Failed, Finished, Output, Request, Started
+from engine.sampler import Sampled, SampleRow
+from engine.sequence import Sequence
+from servicekit.errors import ServiceError
+from servicekit.tracing import end_span, start_span
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """One sequence that has not ended.
+
+    Attributes:
+        ready: when its adapter was on the device, monotonic seconds; None while it waits for it.
+        has_started: whether its router was told so.
+        span: the `prefill` or `decode` span that is open.
+    """
+
+    sequence: Sequence
+    request: Request
+    connection: Connection
+    answer: Answer
+    ready: float | None = None
+    has_started: bool = False
+    span: Span | None = None
+
+    def sample_row(self) -> SampleRow:
+        """What the sampler needs for the next token."""
+        return SampleRow(
+            self.request.sampling, self.sequence.tokens, self.sequence.prompt_length, self.answer.forbidden()
+        )
+
+    def begin_span(self, name: str) -> None:
+        """Ends the open span and begins the next one of this sequence."""
+        self.end_span()
+        self.span = start_span(
+            name,
+            parent=self.request.trace,
+            attributes={
+                "loraplex.adapter_digest": self.request.adapter,
+                "gen_ai.usage.input_tokens": self.sequence.prompt_length,
+            },
+        )
+
+    def end_span(self, error: ServiceError | None = None) -> None:
+        """Ends the open span, if any."""
+        if self.span is not None:
+            self.span.set_attribute("gen_ai.usage.output_tokens", self.answer.output_tokens)
+            self.span.set_attribute("loraplex.preemptions", self.sequence.preemptions)
+            end_span(self.span, error)
+            self.span = None
+
+    def accept(self, sampled: Sampled) -> Output:
+        """Appends a token; returns what to tell the router. The sequence has ended when the output has an end."""
+        piece = self.answer.push(sampled.token)
+        self.sequence.tokens.append(sampled.token)
+        started = None if self.has_started else self._started()
+        self.has_started = True
+        end = None
+        if piece.reason is not None:
+            end = Finished(piece.reason, piece.stop_match, self.answer.output_tokens, self.sequence.preemptions)
+        return Output(
+            sequence_id=self.request.sequence_id,
+            text=piece.text,
+            token_ids=(sampled.token,) if piece.shows_token else (),
+            logprobs=(sampled.logprob,) if sampled.logprob and piece.shows_token else (),
+            started=started,
+            end=end,
+        )
+
+    def failure(self, error: ServiceError) -> Output:
+        """What to tell the router when the sequence ends without an answer."""
+        return Output(self.request.sequence_id, end=Failed(error))
+
+    def _started(self) -> Started:
+        ready = self.request.received if self.ready is None else self.ready
+        return Started(self.sequence.prompt_length, 0, ready - self.request.received)

@@ -1,0 +1,307 @@
+"""THE engine loop: inbox, schedule, run, sample, emit.
+
+It has a thread of its own and is the only owner of sequences, KV blocks and adapter rows. Others hand it messages with
+`post`; it answers through `Connection.deliver` (one frame per router and step) and, to the cache, through `report`.
+While there is nothing to do it sleeps on the inbox.
+
+An error in a step ends the sequences of that step and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from engine import metrics
+from engine.answer import Answer
+from engine.batch import Batch, build_batch
+from engine.blocks import BlockPool
+from engine.detokenizer import Detokenizer
+from engine.errors import AdapterRemoved, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
+from engine.live import Live
+from engine.lora import DeviceSegment
+from engine.messages import (
+    Cancel,
+    Connection,
+    Deny,
+    Evict,
+    Evicted,
+    Frame,
+    Hangup,
+    Install,
+    Load,
+    Loaded,
+    LoadFailed,
+    Message,
+    Output,
+    Report,
+    Submit,
+    Usage,
+)
+from engine.model import Base
+from engine.rows import AdapterRows
+from engine.sampler import Sampled, sample
+from engine.scheduler import Scheduler, Step
+from engine.sequence import Sequence, State
+from servicekit.errors import ServiceError
+
+_log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs the steps of one base.
+
+    Args:
+        base: the loaded model; used by the loop's thread alone from `start` on.
+        max_sequences: most that run at the same time.
+        step_tokens: most tokens of one step.
+        adapter_bytes: device memory for adapters.
+        report: takes reports for the cache; called on the loop's thread, returns at once.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        adapter_bytes: int,
+        report: Callable[[Report], None] = lambda _: None,
+    ) -> None:
+        self._base = base
+        self._report = report
+        self._inbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._scheduler = Scheduler(BlockPool(base.block_count), max_sequences, step_tokens)
+        self._rows = AdapterRows(adapter_bytes)
+        self._live: dict[Sequence, Live] = {}
+        self._by_id: dict[tuple[Connection, int], Live] = {}
+        self._in_use: Counter[str] = Counter()
+        self._usage = Usage()
+        self._outputs: defaultdict[Connection, list[Output]] = defaultdict(list)
+        self._arrivals = 0
+        self._step = 0
+        self._stopping = False
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Submit: self._on_submit,
+            Cancel: self._on_cancel,
+            Hangup: self._on_hangup,
+            Install: self._on_install,
+            Evict: self._on_evict,
+            Deny: self._on_deny,
+        }
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        # Replaced as a whole, so that any thread may read them.
+        self.load = self._measure()
+        self.resident: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the step that is running; sequences that are left are dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def post(self, message: Message) -> None:
+        """Hands the loop a message; from any thread."""
+        self._inbox.put(message)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._receive()
+                if self._scheduler.has_work:
+                    self._run_step()
+            except Exception:  # noqa: BLE001 - the thread must live on
+                _log.exception("the engine loop failed; every sequence ends")
+                self._fail(list(self._live.values()), StepFailed())
+            self._emit()
+
+    def _receive(self) -> None:
+        """Handles what is in the inbox; sleeps until there is something when there is nothing to run."""
+        if not self._scheduler.has_work and self._inbox.empty():
+            self._check_integrity()
+            self._handle(self._inbox.get())
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except Empty:
+                return
+
+    def _handle(self, message: Message | None) -> None:
+        if message is None:
+            self._stopping = True
+        else:
+            self._handlers[type(message)](message)
+
+    def _run_step(self) -> None:
+        started = time.monotonic()
+        step = self._scheduler.schedule()
+        if not step.rows:
+            return
+        self._step += 1
+        self._note(step)
+        batch = build_batch(step.rows)
+        try:
+            tokens = self._compute(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises
+            _log.exception("step %d failed; its %d sequences end", self._step, len(step.rows))
+            metrics.failed_steps.inc()
+            failure = error if isinstance(error, ServiceError) else StepFailed()
+            self._fail([self._live[row.sequence] for row in step.rows], failure)
+            return
+        self._scheduler.advance(step)
+        for row, sampled in zip(batch.sampled, tokens, strict=True):
+            self._accept(self._live[row.sequence], sampled)
+        metrics.steps.inc()
+        metrics.step_seconds.observe(time.monotonic() - started)
+
+    def _compute(self, batch: Batch) -> list[Sampled | None]:
+        """The forward pass and the next token of every row that yields one; None where its logits are not finite."""
+        segments = [
+            DeviceSegment(segment.start, segment.stop, self._rows.pairs(segment.adapter, segment.generation))
+            for segment in batch.segments
+        ]
+        logits = self._base.runner.run(batch, segments)
+        return sample(logits, [self._live[row.sequence].sample_row() for row in batch.sampled])
+
+    def _accept(self, live: Live, sampled: Sampled | None) -> None:
+        if sampled is None:
+            self._fail([live], BadLogits())
+            return
+        if live.answer.output_tokens == 0:
+            live.begin_span("decode")
+        output = live.accept(sampled)
+        self._outputs[live.connection].append(output)
+        metrics.output_tokens.inc()
+        if output.end is not None:
+            self._end(live)
+
+    def _note(self, step: Step) -> None:
+        """Spans and metrics of a step that is about to run."""
+        metrics.preemptions.inc(len(step.preempted))
+        for row in step.rows:
+            if row.sequence.pending > 1 or not row.sequence.output_length:
+                metrics.prompt_tokens.inc(row.count)
+            live = self._live[row.sequence]
+            if live.span is None:
+                live.begin_span("prefill")
+
+    def _on_submit(self, message: Submit) -> None:
+        request = message.request
+        self._arrivals += 1
+        sequence = Sequence(self._arrivals, request.adapter, list(request.prompt), len(request.prompt))
+        tokenizer = self._base.tokenizer
+        detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.byte_ids)
+        live = Live(sequence, request, message.connection, Answer(request.stopping, detokenizer))
+        self._live[sequence] = live
+        self._by_id[message.connection, request.sequence_id] = live
+        self._in_use[request.adapter] += 1
+        self._scheduler.add(sequence)
+        if not request.adapter or request.adapter in self._rows:
+            self._make_ready(live)
+
+    def _make_ready(self, live: Live) -> None:
+        """Lets a sequence go on now that its adapter is there, if it needs one."""
+        adapter = live.request.adapter
+        live.ready = time.monotonic() if adapter else live.request.received
+        self._scheduler.adapter_ready(live.sequence, self._rows.acquire(adapter) if adapter else 0)
+
+    def _on_cancel(self, message: Cancel) -> None:
+        live = self._by_id.get((message.connection, message.sequence_id))
+        if live is not None:
+            self._end(live)
+
+    def _on_hangup(self, message: Hangup) -> None:
+        for live in [live for live in self._live.values() if live.connection is message.connection]:
+            self._end(live)
+        self._outputs.pop(message.connection, None)
+
+    def _on_install(self, message: Install) -> None:
+        adapter = message.adapter
+        if adapter.digest not in self._rows:
+            try:
+                self._rows.install(adapter)
+            except DeviceFull as error:
+                self._report(LoadFailed(adapter.digest, error))
+                return
+        for live in self._waiting_for(adapter.digest):
+            self._make_ready(live)
+        self._report(Loaded(adapter.digest, self._rows.size_of(adapter.digest)))
+
+    def _on_evict(self, message: Evict) -> None:
+        if message.force:
+            users = [live for live in self._live.values() if live.request.adapter == message.digest]
+            self._fail(users, AdapterRemoved(message.digest))
+        can_evict = self._rows.can_evict(message.digest)
+        if can_evict:
+            self._rows.evict(message.digest)
+        self._report(Evicted(message.digest, can_evict))
+
+    def _on_deny(self, message: Deny) -> None:
+        self._fail(self._waiting_for(message.digest), message.error)
+
+    def _waiting_for(self, digest: str) -> list[Live]:
+        return [self._live[sequence] for sequence in self._scheduler.loading if sequence.adapter == digest]
+
+    def _fail(self, lives: Iterable[Live], error: ServiceError) -> None:
+        for live in lives:
+            self._outputs[live.connection].append(live.failure(error))
+            self._end(live, error)
+
+    def _end(self, live: Live, error: ServiceError | None = None) -> None:
+        """Forgets a sequence and frees all it held."""
+        sequence = live.sequence
+        if sequence.adapter and sequence.state is not State.WAITING_ADAPTER:
+            self._rows.release(sequence.adapter, sequence.generation)
+        self._scheduler.remove(sequence)
+        del self._live[sequence]
+        del self._by_id[live.connection, live.request.sequence_id]
+        self._in_use[sequence.adapter] -= 1
+        if not self._in_use[sequence.adapter]:
+            del self._in_use[sequence.adapter]
+        live.end_span(error)
+
+    def _emit(self) -> None:
+        """Sends the frames of this round, and what the cache must know."""
+        self.load = self._measure()
+        self.resident = tuple(self._rows.digests)
+        for connection, outputs in self._outputs.items():
+            connection.deliver(Frame(self._step, tuple(outputs), self.load))
+        self._outputs.clear()
+        usage = Usage(
+            frozenset(self._in_use) - {""},
+            tuple(dict.fromkeys(sequence.adapter for sequence in self._scheduler.loading)),
+        )
+        if usage != self._usage:
+            self._usage = usage
+            self._report(usage)
+
+    def _measure(self) -> Load:
+        scheduler = self._scheduler
+        load = Load(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            len(scheduler.loading),
+            scheduler.blocks.free_count,
+            scheduler.blocks.total,
+        )
+        metrics.running_sequences.set(load.running)
+        metrics.waiting_sequences.set(load.waiting)
+        metrics.loading_sequences.set(load.loading)
+        metrics.free_kv_blocks.set(load.free_blocks)
+        metrics.resident_adapters.set(len(self._rows.digests))
+        metrics.adapter_bytes.set(self._rows.used_bytes)
+        return load
+
+    def _check_integrity(self) -> None:
+        try:
+            self._scheduler.check_integrity()
+        except BlocksCorrupt:
+            _log.exception("the account of KV blocks does not add up")

@@ -1,0 +1,244 @@
+"""The base model: loaded by transformers, attention and linear layers hooked, and checked against itself.
+
+No architecture is named here. What a model needs is found by running it once with a probe in place of attention, and
+whether we compute what it means is found by comparing a few tokens with transformers' own attention. A model that fails
+either is refused with the reason: it would be answered wrongly, or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.attention import PAGED, KvPool, LayerShape, Probe, UnsupportedAttention, bytes_per_block
+from engine.base import base_digest, locate_base, weight_files
+from engine.batch import build_batch
+from engine.blocks import BLOCK_SIZE, blocks_for
+from engine.config import Settings
+from engine.lora import ActiveAdapters, TargetModule, wrap_targets
+from engine.runner import Runner
+from engine.scheduler import Row
+from engine.sequence import Sequence
+from engine.tokenizer import Tokenizer, load_tokenizer
+from servicekit.errors import StartupError
+
+_log = logging.getLogger(__name__)
+
+MIB = 1024 * 1024
+# Largest difference to transformers' own attention, as a share of the largest logit.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+CHECK_TOKENS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model, ready to run steps.
+
+    Attributes:
+        name: as people know it: the hub id or the folder's name.
+        digest: sha256 of configuration and weights.
+        context_length: most tokens of one sequence, prompt and answer together.
+        block_count: KV blocks of the pool.
+        targets: linear layers adapters may target.
+    """
+
+    name: str
+    digest: str
+    architecture: str
+    context_length: int
+    vocab_size: int
+    dtype: str
+    device: str
+    block_count: int
+    targets: tuple[TargetModule, ...]
+    runner: Runner
+    tokenizer: Tokenizer
+
+
+def load_base(settings: Settings) -> Base:
+    """Loads the model of the settings. Takes seconds to minutes and says in the log how far it is.
+
+    Raises StartupError when the model cannot be had or cannot be served.
+    """
+    folder = locate_base(settings.model)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    _log.info("loading base %s: %.0f MB, %s on %s", settings.model, size / 1e6, _name(dtype), device.type)
+    started = time.monotonic()
+    model = _load(folder, dtype, device)
+    tokenizer = load_tokenizer(folder, model)
+    _log.info("loaded in %.1f s", time.monotonic() - started)
+
+    layers = _probe(model)
+    context_length, block_count = _budget(settings, model, layers, dtype, device)
+    active = ActiveAdapters()
+    targets = wrap_targets(model, len(layers), active)
+    pool = KvPool(layers, block_count, dtype, device)
+    runner = Runner(model, pool, active, device)
+    _check(model, Runner(model, KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device), active, device), dtype)
+
+    started = time.monotonic()
+    digest = base_digest(folder)
+    _log.info(
+        "base %s checked and hashed in %.1f s: %d layers, %d target modules, context %d, %d KV blocks (%.0f MB)",
+        digest[:12], time.monotonic() - started, len(layers), len(targets), context_length, block_count,
+        block_count * bytes_per_block(layers, dtype) / 1e6,
+    )  # fmt: skip
+    return Base(
+        name=folder.name if Path(os.path.expanduser(settings.model)).is_dir() else settings.model,
+        digest=digest,
+        architecture=type(model).__name__,
+        context_length=context_length,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        dtype=_name(dtype),
+        device=device.type,
+        block_count=block_count,
+        targets=targets,
+        runner=runner,
+        tokenizer=tokenizer,
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "is_encoder_decoder", False):
+            raise StartupError(f"{folder.name} is an encoder-decoder model; only decoder-only models are served")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="eager", use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StartupError(f"cannot load the model {folder}: {reason}") from None
+    loaded: Any = model
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _probe(model: Any) -> dict[int, LayerShape]:
+    """Shapes of keys and values by layer; refuses a model whose layers do not all attend through our function."""
+    text = model.config.get_text_config()
+    if getattr(text, "attention_chunk_size", None):
+        raise _refusal(model, "its attention is chunked")
+    probe = Probe()
+    tokens = _check_tokens(model)
+    try:
+        model.set_attn_implementation(PAGED)
+        with torch.inference_mode():
+            model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
+    except (UnsupportedAttention, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise _refusal(model, str(error)) from None
+    count = text.num_hidden_layers
+    if sorted(probe.layers) != list(range(count)) or probe.calls != count:
+        raise _refusal(model, f"{probe.calls} of its {count} layers attend through transformers' attention interface")
+    return probe.layers
+
+
+def _check(model: Any, runner: Runner, dtype: torch.dtype) -> None:
+    """Compares prefill, a later chunk and decode with the same tokens under transformers' own attention."""
+    tokens = _check_tokens(model)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits[0].float()
+    model.set_attn_implementation(PAGED)
+    sequence = Sequence(0, "", [], 0, blocks=list(range(1, blocks_for(CHECK_TOKENS) + 1)))
+    largest = float(expected.abs().max())
+    for stop in (CHECK_TOKENS // 2, CHECK_TOKENS - 1, CHECK_TOKENS):
+        sequence.tokens = tokens[0, :stop].tolist()
+        batch = build_batch([Row(sequence, sequence.computed, sequence.pending)])
+        difference = float((runner.run(batch, [])[0] - expected[stop - 1]).abs().max())
+        sequence.computed = stop
+        # Not written as "difference > limit": that would let NaN pass.
+        if not difference <= TOLERANCE[dtype] * max(1.0, largest):
+            raise _refusal(model, f"its logits differ by {difference:.2g} from those of transformers' own attention")
+
+
+def _check_tokens(model: Any) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator).to(model.device)
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
+def _refusal(model: Any, reason: str) -> StartupError:
+    return StartupError(f"{type(model).__name__} cannot be served: {reason}")
+
+
+def _budget(
+    settings: Settings, model: Any, layers: dict[int, LayerShape], dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
+    longest = _model_context(model)
+    wanted = settings.context_length or longest
+    if wanted > longest:
+        raise StartupError(f"context_length {wanted} is more than the model's {longest}")
+    block = bytes_per_block(layers, dtype)
+    memory = settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
+    # More than every sequence at full length can never be used.
+    block_count = min(memory // block, settings.max_sequences * blocks_for(wanted))
+    if block_count < 1:
+        raise StartupError(f"kv_memory_mib {settings.kv_memory_mib} holds no block of {block} bytes")
+    held = block_count * BLOCK_SIZE
+    if held >= wanted:
+        return wanted, block_count
+    if settings.context_length:
+        raise StartupError(
+            f"context_length {wanted} needs {blocks_for(wanted) * block / MIB:.0f} MiB for keys and values"
+        )
+    _log.warning("the KV pool holds %d tokens, so that is the context length; the model's is %d", held, longest)
+    return held, block_count
+
+
+def _model_context(model: Any) -> int:
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        raise _refusal(model, "its configuration states no max_position_embeddings")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # Beyond its original length such a model changes the rotation of all tokens of a pass at once: one long
+        # sequence would change the answers of the others in its batch.
+        return int(rope.get("original_max_position_embeddings") or longest)
+    return longest
+
+
+def _free_memory(device: torch.device, adapter_budget: int) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(0, int(free * 0.85) - adapter_budget)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StartupError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,169 @@
+"""Adapters on the device.
+
+`ArtifactReader` runs off the step thread: it maps a packed artifact, checks that it is what it says and fits this
+base, and copies it to the device. `AdapterRows` belongs to the step thread: which adapters are there, who uses them,
+and which generation their rows are of. Whoever uses an adapter was promised a generation and asks for that one in every
+step, so rows that were taken away or replaced under a running sequence fail the step instead of answering with other
+weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import BadArtifact, DeviceFull, StaleRows
+from engine.lora import LoraPair, TargetModule
+
+FORMAT = "loraplex-artifact-1"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAdapter:
+    """One adapter's tensors on the device, by number of the target module; None where it has none."""
+
+    digest: str
+    pairs: tuple[LoraPair | None, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactReader:
+    """Reads packed artifacts for one base.
+
+    Attributes:
+        root: folder artifacts must lie in, symbolic links resolved.
+        targets: the base's linear layers.
+    """
+
+    root: Path
+    targets: tuple[TargetModule, ...]
+    dtype: torch.dtype
+    device: torch.device
+    max_rank: int
+
+    def read(self, digest: str, path: str) -> DeviceAdapter:
+        """Brings an artifact to the device; raises BadArtifact and names what is wrong with it."""
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(os.path.realpath(self.root)):
+            raise BadArtifact(f"{path} lies outside of the HOST tier", path=path)
+        try:
+            with safe_open(real, framework="pt") as file:
+                self._check_identity(digest, file.metadata() or {})
+                # Copied, not mapped: the file may be truncated or removed while sequences use the adapter.
+                names = sorted(file.keys())
+                tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise BadArtifact(f"{real.name} cannot be read: {error}", path=path) from None
+        pairs = self._pairs(tensors)
+        return DeviceAdapter(digest, pairs, sum(tensor.nbytes for tensor in tensors.values()))
+
+    def _check_identity(self, digest: str, metadata: dict[str, str]) -> None:
+        if metadata.get("format") != FORMAT:
+            raise BadArtifact(f"the artifact's format is {metadata.get('format')!r}, not {FORMAT}")
+        if metadata.get("digest") != digest:
+            raise BadArtifact("the artifact is of another version", digest=digest, found=metadata.get("digest"))
+
+    def _pairs(self, tensors: dict[str, torch.Tensor]) -> tuple[LoraPair | None, ...]:
+        pairs: list[LoraPair | None] = []
+        for target in self.targets:
+            a, b = tensors.pop(f"{target.name}.A", None), tensors.pop(f"{target.name}.B", None)
+            if a is None and b is None:
+                pairs.append(None)
+            elif a is None or b is None:
+                raise BadArtifact(f"{target.name} has half a pair", module=target.name)
+            else:
+                pairs.append(self._pair(target, a, b))
+        if tensors:
+            raise BadArtifact(f"this base has no target module for {min(tensors)}", tensor=min(tensors))
+        if not any(pairs):
+            raise BadArtifact("the artifact has no tensors")
+        return tuple(pairs)
+
+    def _pair(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor) -> LoraPair:
+        rank = a.shape[0]
+        if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
+            raise BadArtifact(
+                f"{target.name}: A {list(a.shape)} and B {list(b.shape)} do not fit a layer of "
+                f"{target.in_features} to {target.out_features}",
+                module=target.name,
+            )
+        if not 1 <= rank <= self.max_rank:
+            raise BadArtifact(f"{target.name}: rank {rank}, the limit is {self.max_rank}", limit=self.max_rank)
+        if a.dtype != self.dtype or b.dtype != self.dtype:
+            raise BadArtifact(f"{target.name}: {a.dtype} where this engine runs {self.dtype}", module=target.name)
+        return LoraPair(a, b)
+
+
+@dataclass(slots=True)
+class _Entry:
+    adapter: DeviceAdapter
+    generation: int
+    users: int = 0
+
+
+class AdapterRows:
+    """The adapters on the device, within a budget of bytes."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._entries: dict[str, _Entry] = {}
+        self._generation = 0
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._entries
+
+    @property
+    def digests(self) -> Sequence[str]:
+        return tuple(self._entries)
+
+    def size_of(self, digest: str) -> int:
+        """Bytes of an adapter that is here."""
+        return self._entries[digest].adapter.size_bytes
+
+    def install(self, adapter: DeviceAdapter) -> None:
+        """Adds an adapter that is not here yet; raises DeviceFull, with nothing changed, when it does not fit."""
+        assert adapter.digest not in self._entries
+        free = self.budget_bytes - self.used_bytes
+        if adapter.size_bytes > free:
+            raise DeviceFull(adapter.size_bytes, free, self.budget_bytes)
+        self._generation += 1
+        self._entries[adapter.digest] = _Entry(adapter, self._generation)
+        self.used_bytes += adapter.size_bytes
+
+    def can_evict(self, digest: str) -> bool:
+        """Whether no sequence uses the adapter. True for one that is not here."""
+        entry = self._entries.get(digest)
+        return entry is None or entry.users == 0
+
+    def evict(self, digest: str) -> None:
+        """Removes an adapter nobody uses; ask `can_evict` first."""
+        assert self.can_evict(digest)
+        entry = self._entries.pop(digest, None)
+        if entry is not None:
+            self.used_bytes -= entry.adapter.size_bytes
+
+    def acquire(self, digest: str) -> int:
+        """Counts one more user; returns the generation it is promised."""
+        entry = self._entries[digest]
+        entry.users += 1
+        return entry.generation
+
+    def release(self, digest: str, generation: int) -> None:
+        """Counts one user less."""
+        entry = self._entries[digest]
+        assert entry.generation == generation and entry.users > 0
+        entry.users -= 1
+
+    def pairs(self, digest: str, generation: int) -> tuple[LoraPair | None, ...]:
+        """The tensors of an adapter; raises StaleRows unless they are of the generation that was promised."""
+        entry = self._entries.get(digest)
+        if entry is None or entry.generation != generation:
+            raise StaleRows(digest, generation, entry.generation if entry else None)
+        return entry.adapter.pairs

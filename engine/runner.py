@@ -1,0 +1,44 @@
+"""A batch becomes tensors, goes through the model, and comes back as logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.attention import KvPool, PagedStep
+from engine.batch import Batch
+from engine.lora import ActiveAdapters, DeviceSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """The model, its KV pool and its LoRA hooks. Used by one thread at a time."""
+
+    model: Any
+    pool: KvPool
+    active: ActiveAdapters
+    device: torch.device
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
+        """One forward pass. Returns float32 logits [len(batch.sampled), vocab_size], in the order of batch.sampled.
+
+        Args:
+            batch: the step.
+            segments: batch.segments with the adapters' tensors.
+        """
+        self.active.segments = segments
+        try:
+            output = self.model(
+                input_ids=torch.tensor([batch.tokens], device=self.device),
+                position_ids=torch.tensor([batch.positions], device=self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(batch.sampled_tokens, dtype=torch.long, device=self.device),
+                paged=PagedStep(batch, self.pool, self.device),
+            )
+        finally:
+            self.active.segments = []
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()

@@ -1,0 +1,90 @@
+"""State of one request inside the engine.
+
+Two rules about this file. Whatever changes the state of a sequence goes through `Sequence.apply`; whatever is not in
+TRANSITIONS is an error that changes nothing. And the file knows no adapter weights, no text and no clock: a sequence
+here is its tokens, how many of them have keys and values, and the blocks those are in.
+
+                      ADAPTER_READY            ADMITTED
+    WAITING_ADAPTER ───────────────▶ WAITING ───────────▶ RUNNING
+           │                            │ ▲                 │  │
+           │ ENDED                ENDED │ └──── PREEMPTED ──┘  │ ENDED
+           └────────────▶ FINISHED ◀────┴──────────────────────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.errors import IllegalTransition
+
+
+class State(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING_ADAPTER = "waiting for its adapter"
+    WAITING = "waiting for room"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Event(Enum):
+    """What can happen to a sequence."""
+
+    ADAPTER_READY = "told that its adapter is ready"
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.WAITING_ADAPTER, Event.ADAPTER_READY): State.WAITING,
+    (State.WAITING, Event.ADMITTED): State.RUNNING,
+    (State.RUNNING, Event.PREEMPTED): State.WAITING,
+    (State.WAITING_ADAPTER, Event.ENDED): State.FINISHED,
+    (State.WAITING, Event.ENDED): State.FINISHED,
+    (State.RUNNING, Event.ENDED): State.FINISHED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request inside the engine.
+
+    Attributes:
+        arrival: place in the order of arrival; unique in the engine's life.
+        adapter: digest of the adapter; empty for the base.
+        tokens: prompt and answer so far. The last token of a running sequence has no keys and values yet.
+        prompt_length: how many of `tokens` are the prompt.
+        generation: generation of the adapter's rows this sequence was promised; 0 for the base.
+        computed: how many of `tokens`, from the first, have keys and values.
+        blocks: KV blocks, in the order of the tokens they hold.
+        preemptions: times `computed` fell back to 0.
+    """
+
+    arrival: int
+    adapter: str
+    tokens: list[int]
+    prompt_length: int
+    generation: int = 0
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    preemptions: int = 0
+    state: State = State.WAITING_ADAPTER
+
+    def apply(self, event: Event) -> None:
+        """Moves to the next state; raises IllegalTransition, unchanged, where there is none."""
+        state = TRANSITIONS.get((self.state, event))
+        if state is None:
+            raise IllegalTransition(self.state.value, event.value)
+        self.state = state
+
+    @property
+    def pending(self) -> int:
+        """Tokens without keys and values: 1 in decode, more in prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output_length(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt_length

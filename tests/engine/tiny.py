@@ -1,0 +1,202 @@
+"""Tiny random models with a real tokenizer, PEFT adapters for them, and artifacts as the cache would pack them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. ",
+    "Loraplex serves many adapters over one base. ",
+    "Grüße aus Köln, 你好世界, こんにちは, 🙂🚀 emoji. ",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+EOS = "<|end|>"
+VOCAB = 384
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**COMMON, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**COMMON, num_key_value_heads=2),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "mistral": MistralConfig(**COMMON, num_key_value_heads=2, head_dim=12, sliding_window=7),
+    "gemma2": Gemma2Config(**COMMON, num_key_value_heads=2, head_dim=12, sliding_window=7, query_pre_attn_scalar=12),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+    ),
+}
+
+# Modules of attention and of the feed-forward part, by family.
+TARGETS: dict[str, tuple[list[str], list[str]]] = {
+    "gpt_neox": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
+    "gpt2": (["c_attn"], ["c_fc"]),
+}
+DEFAULT_TARGETS = (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; token 0 ends an answer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[EOS, "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHAT_TEMPLATE)
+
+
+def make_model(folder: Path, family: str, seed: int = 0) -> Path:
+    """Writes a random model of a family; its weights are large enough that answers differ and are no near ties."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.9 if "embed" in name or "wte" in name else 0.16)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class TinyAdapter:
+    """An adapter as PEFT sees it (`folder`) and as the engine gets it (`path`)."""
+
+    name: str
+    digest: str
+    folder: Path
+    path: Path
+
+
+def make_adapter(base: Path, out: Path, name: str, rank: int, targets: list[str], rslora: bool = False) -> TinyAdapter:
+    """A PEFT adapter with random weights, and its packed artifact."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=targets,
+        use_rslora=rslora,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(sum(name.encode()) * 1000 + rank)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for an attribute that has a newer name.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = peft.get_peft_model(model, config)
+    for key, parameter in wrapped.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.35 / rank**0.25)
+    folder = out / name
+    wrapped.save_pretrained(folder)
+    digest = hashlib.sha256(f"{base.name}/{name}".encode()).hexdigest()
+    return TinyAdapter(name, digest, folder, pack(folder, digest, out))
+
+
+def pack(folder: Path, digest: str, out: Path) -> Path:
+    """Packs a PEFT folder: names as in the base, scaling folded into B."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+    tensors = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        tensors[f"{module}.{half}"] = (tensor * scaling if half == "B" else tensor).contiguous()
+    return write_artifact(out / f"{digest}.float32.safetensors", tensors, digest, rank)
+
+
+def write_artifact(path: Path, tensors: Mapping[str, torch.Tensor], digest: str, rank: int) -> Path:
+    save_file(dict(tensors), path, metadata={"digest": digest, "rank": str(rank), "format": "loraplex-artifact-1"})
+    return path
+
+
+def four_adapters(base: Path, out: Path, family: str) -> list[TinyAdapter]:
+    """Ranks 1, 3, 8 and 64 on different modules; one of them rsLoRA."""
+    attention, feed_forward = TARGETS.get(family, DEFAULT_TARGETS)
+    return [
+        make_adapter(base, out, "one", 1, attention[:1]),
+        make_adapter(base, out, "three", 3, feed_forward),
+        make_adapter(base, out, "eight", 8, attention, rslora=True),
+        make_adapter(base, out, "many", 64, [*attention, *feed_forward]),
+    ]
+
+
+class Oracle:
+    """transformers + PEFT, one adapter and one prompt at a time."""
+
+    def __init__(self, base: Path, adapters: list[TinyAdapter]) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        self._with_adapters: Any = None
+        for adapter in adapters:
+            if self._with_adapters is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)
+                    self._with_adapters = peft.PeftModel.from_pretrained(self._model, adapter.folder, adapter.digest)
+            else:
+                self._with_adapters.load_adapter(adapter.folder, adapter.digest)
+
+    @torch.no_grad()
+    def logits(self, prompt: list[int], digest: str = "") -> torch.Tensor:
+        """[len(prompt), vocab]"""
+        if self._with_adapters is None:
+            result = self._model(torch.tensor([prompt])).logits
+        elif digest:
+            self._with_adapters.set_adapter(digest)
+            result = self._with_adapters(torch.tensor([prompt])).logits
+        else:
+            with self._with_adapters.disable_adapter():
+                result = self._with_adapters(torch.tensor([prompt])).logits
+        return torch.as_tensor(result[0])
+
+    def greedy(self, prompt: list[int], count: int, digest: str = "") -> list[int]:
+        """`count` tokens, or fewer when token 0 ends the answer; that token is left out."""
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + count:
+            token = int(self.logits(tokens, digest)[-1].argmax())
+            if token == 0:
+                break
+            tokens.append(token)
+        return tokens[len(prompt) :]
