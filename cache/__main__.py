@@ -1,0 +1,103 @@
+"""`python -m cache`: the cache process."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from cache.config import Settings
+from cache.errors import RegistryUnreachable
+from cache.manager import Manager
+from cache.registry import Registry
+from cache.service import AdapterService, ResidencyService
+from cache.sources import FileSource
+from cache.tiers import FileTier
+from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
+from servicekit.errors import StartupError
+from servicekit.metrics import serve_metrics
+from servicekit.server import Server, run, stop_requested
+from servicekit.settings import read_settings
+from servicekit.tracing import setup_tracing
+
+_log = logging.getLogger("cache")
+
+MIB = 1024 * 1024
+REDIS_PATIENCE_SECONDS = 10.0
+SERVICES = (
+    adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    residency_pb2.DESCRIPTOR.services_by_name["ResidencyService"].full_name,
+)
+
+
+async def main() -> None:
+    """Starts the cache, serves until it is told to stop, drains."""
+    settings = read_settings(Settings, "cache", sys.argv[1:], os.environ)
+    node_id = settings.node_id or socket.gethostname()
+    setup_tracing("cache", node_id)
+    lock = _lock(Path(settings.data_dir))
+    roots = [_root(root) for root in settings.adapter_roots]
+    manager = Manager(
+        Registry(settings.redis, settings.registry),
+        FileSource(roots, settings.max_adapter_mib * MIB),
+        FileTier("disk", Path(settings.data_dir) / "artifacts", settings.disk_mib * MIB),
+        FileTier("host", settings.host_tier_folder(node_id), settings.host_mib * MIB),
+        node_id,
+    )
+    server = Server()
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager), server.grpc)
+    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
+    serve_metrics(settings.metrics_listen)
+    await _start(manager)
+    await server.start(settings.listen, SERVICES)
+    await server.set_serving(True)
+    _log.info("serving on %s, node %s, %d adapters", settings.listen, node_id, len(manager.records))
+    await stop_requested()
+    _log.info("stopping")
+    await server.set_serving(False)
+    await manager.stop()
+    await server.drain(1.0)
+    lock.close()
+
+
+async def _start(manager: Manager) -> None:
+    deadline = time.monotonic() + REDIS_PATIENCE_SECONDS
+    while True:
+        try:
+            return await manager.start()
+        except RegistryUnreachable:
+            if time.monotonic() > deadline:
+                raise StartupError(f"Redis at {manager.registry.url} does not answer") from None
+            await asyncio.sleep(0.2)
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    """Keeps a second cache away from the same folder, for as long as the file is open."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "cache.lock").open("w")
+    except OSError as error:
+        raise StartupError(f"the data folder {data_dir} cannot be used: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise StartupError(f"another cache uses the data folder {data_dir}") from None
+    return lock
+
+
+def _root(name: str) -> Path:
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise StartupError(f"the adapter root {name} is not a folder")
+    return root
+
+
+if __name__ == "__main__":
+    run(main, "cache")

@@ -1,0 +1,37 @@
+"""Settings of the cache process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from servicekit.settings import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The cache: registry of adapters, disk and host tiers, the plan of every device tier of its node."""
+
+    listen: str = setting("127.0.0.1:50071", "Address to listen on.")
+    redis: str = setting("redis://127.0.0.1:6379/0", "Redis or Valkey, 7.0 or newer: redis://, rediss:// or unix://.")
+    registry: str = setting("default", "Name of the registry in Redis; caches with the same name share it.")
+    data_dir: str = setting("", "Folder of the disk tier.")
+    host_tier: str = setting("", "Folder of the host tier; empty is one in /dev/shm of this user and node.")
+    node_id: str = setting("", "Name of this node; empty takes the host's name.")
+    adapter_roots: tuple[str, ...] = setting((), "Folder that file:// sources may lie in; may be repeated.")
+    disk_mib: int = setting(16384, "Room for artifacts on disk.")
+    host_mib: int = setting(4096, "Room for artifacts in shared memory.")
+    max_adapter_mib: int = setting(2048, "Largest adapter file to read.")
+    metrics_listen: str = setting("", "Address to serve Prometheus metrics on; empty serves none.")
+
+    def __post_init__(self) -> None:
+        for name in ("disk_mib", "host_mib", "max_adapter_mib"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not self.data_dir:
+            raise ValueError("no folder for the disk tier is set (--data-dir)")
+
+    def host_tier_folder(self, node_id: str) -> Path:
+        """The folder of the host tier."""
+        return Path(self.host_tier or f"/dev/shm/loraplex-{os.getuid()}-{node_id}")

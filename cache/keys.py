@@ -1,0 +1,54 @@
+"""Every key in Redis, and what is in it. Built here and nowhere else.
+
+All keys of a registry share the hash tag {name}, so that a script may touch several of them on a cluster.
+
+    loraplex:{name}:epoch        string  made once; another one means another, or an emptied, registry
+    loraplex:{name}:base         string  JSON: the base that adapters were validated against
+    loraplex:{name}:adapters     hash    adapter_id -> JSON: the adapter's record
+    loraplex:{name}:nodes        zset    node_id -> time it was last heard of, milliseconds of Redis's clock
+    loraplex:{name}:residency    hash    node_id -> JSON: digest -> tiers
+    loraplex:{name}:leases       zset    "owner digest" -> time the lease ends, milliseconds of Redis's clock
+    loraplex:{name}:events       channel JSON: {"kind", "adapter_id"}; a hint to read again, never the truth itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one registry."""
+
+    name: str
+
+    def _key(self, what: str) -> str:
+        return f"loraplex:{{{self.name}}}:{what}"
+
+    @property
+    def epoch(self) -> str:
+        return self._key("epoch")
+
+    @property
+    def base(self) -> str:
+        return self._key("base")
+
+    @property
+    def adapters(self) -> str:
+        return self._key("adapters")
+
+    @property
+    def nodes(self) -> str:
+        return self._key("nodes")
+
+    @property
+    def residency(self) -> str:
+        return self._key("residency")
+
+    @property
+    def leases(self) -> str:
+        return self._key("leases")
+
+    @property
+    def events(self) -> str:
+        return self._key("events")

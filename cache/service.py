@@ -1,0 +1,327 @@
+"""gRPC edge of the cache: messages to dataclasses and back, checks of what callers say."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from cache.artifact import TARGET_DTYPES, BaseDescription
+from cache.engines import Command, Engine, Evict, Load
+from cache.errors import AdapterNotFound, NoEngine
+from cache.manager import Manager
+from cache.registry import AdapterRecord
+from cache.residency import DevicePlace, Place
+from cache.sources import scheme_of
+from cache.watchers import Change, Event
+from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
+from servicekit.errors import InvalidField, RemoteError, code_of
+
+_ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 1000, 100
+MAX_WEIGHT = 1000.0
+
+_TIERS = {
+    Place.DISK: adapter_pb2.TIER_DISK,
+    Place.HOST: adapter_pb2.TIER_HOST,
+    DevicePlace.DEVICE: adapter_pb2.TIER_DEVICE,
+}
+_KINDS = {
+    Change.RESIDENCY: adapter_pb2.AdapterEvent.KIND_RESIDENCY,
+    Change.UPDATED: adapter_pb2.AdapterEvent.KIND_UPDATED,
+    Change.REGISTERED: adapter_pb2.AdapterEvent.KIND_REGISTERED,
+    Change.DELETED: adapter_pb2.AdapterEvent.KIND_DELETED,
+}
+_STATES = {
+    "active": adapter_pb2.Adapter.STATE_ACTIVE,
+    "draining": adapter_pb2.Adapter.STATE_DRAINING,
+}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+    """The registry of adapters."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def RegisterAdapter(
+        self, request: adapter_pb2.RegisterAdapterRequest, context: Context
+    ) -> adapter_pb2.RegisterAdapterResponse:
+        _check_adapter_id(request.adapter_id)
+        scheme_of(request.source_uri)
+        weight = request.weight if request.HasField("weight") else 1.0
+        _check_weight(weight)
+        expected = request.expected_digest if request.HasField("expected_digest") else None
+        if expected is not None and not _DIGEST.fullmatch(expected):
+            raise InvalidField("expected_digest", "is not 64 lower-case hex digits", "MALFORMED_DIGEST")
+        asked = AdapterRecord(
+            adapter_id=request.adapter_id,
+            source_uri=request.source_uri,
+            digest="",
+            base_model="",
+            method="lora",
+            rank=0,
+            size_bytes=0,
+            pinned=request.pinned,
+            weight=weight,
+            create_time_ms=int(time.time() * 1000),
+            chat_template="",
+            target_modules=(),
+        )
+        record = await self._manager.register(asked, expected)
+        return adapter_pb2.RegisterAdapterResponse(adapter=self._adapter(record))
+
+    async def GetAdapter(
+        self, request: adapter_pb2.GetAdapterRequest, context: Context
+    ) -> adapter_pb2.GetAdapterResponse:
+        return adapter_pb2.GetAdapterResponse(adapter=self._adapter(self._record(request.adapter_id)))
+
+    async def ListAdapters(
+        self, request: adapter_pb2.ListAdaptersRequest, context: Context
+    ) -> adapter_pb2.ListAdaptersResponse:
+        if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+            message = f"{request.page_size} is not within 0 to {MAX_PAGE_SIZE}"
+            raise InvalidField("page_size", message, "OUT_OF_RANGE", limit=MAX_PAGE_SIZE)
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        after = _after(request.page_token)
+        ids = sorted(adapter_id for adapter_id in self._manager.records if adapter_id > after)
+        page = [self._adapter(self._manager.records[adapter_id]) for adapter_id in ids[:size]]
+        token = _page_token(ids[size - 1]) if len(ids) > size else ""
+        return adapter_pb2.ListAdaptersResponse(adapters=page, next_page_token=token)
+
+    async def UpdateAdapter(
+        self, request: adapter_pb2.UpdateAdapterRequest, context: Context
+    ) -> adapter_pb2.UpdateAdapterResponse:
+        _check_adapter_id(request.adapter_id)
+        if request.HasField("weight"):
+            _check_weight(request.weight)
+
+        def change(record: AdapterRecord) -> AdapterRecord:
+            return replace(
+                record,
+                pinned=request.pinned if request.HasField("pinned") else record.pinned,
+                weight=request.weight if request.HasField("weight") else record.weight,
+            )
+
+        record = await self._manager.update(request.adapter_id, change)
+        if record is None:
+            raise AdapterNotFound(request.adapter_id)
+        return adapter_pb2.UpdateAdapterResponse(adapter=self._adapter(record))
+
+    async def DeleteAdapter(
+        self, request: adapter_pb2.DeleteAdapterRequest, context: Context
+    ) -> adapter_pb2.DeleteAdapterResponse:
+        _check_adapter_id(request.adapter_id)
+        if not await self._manager.delete(request.adapter_id, request.force):
+            raise AdapterNotFound(request.adapter_id)
+        return adapter_pb2.DeleteAdapterResponse()
+
+    async def PreloadAdapter(
+        self, request: adapter_pb2.PreloadAdapterRequest, context: Context
+    ) -> adapter_pb2.PreloadAdapterResponse:
+        record = self._record(request.adapter_id)
+        if request.tier not in (adapter_pb2.TIER_DISK, adapter_pb2.TIER_HOST, adapter_pb2.TIER_DEVICE):
+            raise InvalidField("tier", "must be TIER_DISK, TIER_HOST or TIER_DEVICE", "OUT_OF_RANGE")
+        if request.tier == adapter_pb2.TIER_DEVICE:
+            await self._preload_device(record)
+        else:
+            await self._manager.bring_to_host(record.digest)
+        return adapter_pb2.PreloadAdapterResponse(adapter=self._adapter(record))
+
+    async def _preload_device(self, record: AdapterRecord) -> None:
+        manager = self._manager
+        if not manager.engines:
+            raise NoEngine
+        await manager.bring_to_host(record.digest)
+        engines = list(manager.engines.values())
+        for engine in engines:
+            manager.want(engine, [record.digest])
+
+        def settled() -> bool:
+            there = all(engine.place(record.digest) is DevicePlace.DEVICE for engine in engines)
+            given_up = all(
+                record.digest not in engine.wanted and engine.place(record.digest) is DevicePlace.ABSENT
+                for engine in engines
+            )
+            gone = not any(engine.engine_id in manager.engines for engine in engines)
+            return there or given_up or gone
+
+        await manager.wait_for(settled)
+        if not any(engine.place(record.digest) is DevicePlace.DEVICE for engine in engines):
+            raise manager.failure_of(record.digest) or NoEngine()
+
+    async def WatchAdapters(
+        self, request: adapter_pb2.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[adapter_pb2.AdapterEvent]:
+        watcher = self._manager.watch()
+        try:
+            async for event in watcher.events():
+                yield self._event(event)
+        finally:
+            self._manager.unwatch(watcher)
+
+    def _record(self, adapter_id: str) -> AdapterRecord:
+        _check_adapter_id(adapter_id)
+        record = self._manager.records.get(adapter_id)
+        if record is None:
+            raise AdapterNotFound(adapter_id)
+        return record
+
+    def _event(self, event: Event) -> adapter_pb2.AdapterEvent:
+        if event.record is None:
+            return adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT_END)
+        kind = adapter_pb2.AdapterEvent.KIND_SNAPSHOT if event.change is None else _KINDS[event.change]
+        return adapter_pb2.AdapterEvent(kind=kind, adapter=self._adapter(event.record))
+
+    def _adapter(self, record: AdapterRecord) -> adapter_pb2.Adapter:
+        adapter = adapter_pb2.Adapter(
+            adapter_id=record.adapter_id,
+            source_uri=record.source_uri,
+            digest=record.digest,
+            base_model=record.base_model,
+            method=record.method,
+            rank=record.rank,
+            size_bytes=record.size_bytes,
+            pinned=record.pinned,
+            weight=record.weight,
+            state=_STATES[record.state],
+            chat_template=record.chat_template,
+            target_modules=record.target_modules,
+            residency=[
+                adapter_pb2.Residency(node_id=node_id, engine_id=engine_id, tier=_TIERS[place])
+                for node_id, engine_id, place in self._manager.residency(record.digest)
+            ],
+        )
+        adapter.create_time.FromMilliseconds(record.create_time_ms)
+        return adapter
+
+
+class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
+    """What engines and routers ask of this cache."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def Prefetch(
+        self, request: residency_pb2.PrefetchRequest, context: Context
+    ) -> residency_pb2.PrefetchResponse:
+        self._manager.prefetch(request.digest, request.engine_id, request.traceparent)
+        return residency_pb2.PrefetchResponse()
+
+    async def AttachEngine(
+        self, request_iterator: AsyncIterator[residency_pb2.AttachEngineRequest], context: Context
+    ) -> AsyncIterator[residency_pb2.AttachEngineResponse]:
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "description":
+            raise InvalidField("message", "the first message must be the engine's description", "NO_DESCRIPTION")
+        engine = _engine(first.description)
+        await self._manager.describe_base(engine.base)
+        self._manager.attach(engine, first.description.resident_digests)
+        reader = asyncio.create_task(self._read(engine, request_iterator))
+        try:
+            accepted = residency_pb2.EngineAccepted(node_id=self._manager.node_id)
+            yield residency_pb2.AttachEngineResponse(accepted=accepted)
+            while (command := await engine.commands.get()) is not None:
+                yield _command(command)
+        finally:
+            reader.cancel()
+            self._manager.detach(engine)
+
+    async def _read(self, engine: Engine, messages: AsyncIterator[residency_pb2.AttachEngineRequest]) -> None:
+        handlers: dict[str | None, Callable[[Any], None]] = {
+            "wanted": lambda said: self._manager.want(engine, said.digests),
+            "loaded": lambda said: self._manager.loaded(engine, said.digest, said.device_bytes),
+            "load_failed": lambda said: self._manager.load_failed(
+                engine, said.digest, RemoteError(9, said.message, said.reason, {"digest": said.digest})
+            ),
+            "evicted": lambda said: self._manager.evicted(engine, said.digest, said.evicted),
+            "in_use": lambda said: self._manager.in_use(engine, frozenset(said.digests)),
+        }
+        try:
+            async for message in messages:
+                kind = message.WhichOneof("message")
+                if kind in handlers:
+                    handlers[kind](getattr(message, kind or ""))
+        finally:
+            # However it ended, nothing more comes from this engine: end the other direction too.
+            engine.commands.put_nowait(None)
+
+
+def _engine(said: residency_pb2.EngineDescription) -> Engine:
+    if not said.engine_id or not said.base_digest or not said.modules:
+        raise InvalidField("description", "engine_id, base_digest and modules must be set", "INCOMPLETE_DESCRIPTION")
+    if said.dtype not in TARGET_DTYPES:
+        raise InvalidField(
+            "description.dtype", f"{said.dtype!r} is not one of {', '.join(TARGET_DTYPES)}", "UNKNOWN_DTYPE"
+        )
+    base = BaseDescription(
+        name=said.base_model,
+        digest=said.base_digest,
+        dtype=said.dtype,
+        max_rank=said.max_rank,
+        modules={module.name: (module.in_features, module.out_features) for module in said.modules},
+    )
+    return Engine(said.engine_id, base, said.device_budget_bytes)
+
+
+def _command(command: Command) -> residency_pb2.AttachEngineResponse:
+    if isinstance(command, Load):
+        load = residency_pb2.LoadArtifact(
+            digest=command.digest,
+            path=command.path,
+            size_bytes=command.size_bytes,
+            traceparent=command.traceparent,
+        )
+        return residency_pb2.AttachEngineResponse(load=load)
+    if isinstance(command, Evict):
+        evict = residency_pb2.EvictArtifact(digest=command.digest, force=command.force)
+        return residency_pb2.AttachEngineResponse(evict=evict)
+    unavailable = residency_pb2.ArtifactUnavailable(
+        digest=command.digest,
+        code=int(code_of(command.error)),
+        reason=command.error.reason,
+        message=command.error.message,
+    )
+    return residency_pb2.AttachEngineResponse(unavailable=unavailable)
+
+
+def _check_adapter_id(adapter_id: str) -> None:
+    if not _ADAPTER_ID.fullmatch(adapter_id):
+        raise InvalidField(
+            "adapter_id",
+            "must be 1 to 128 of letters, digits, '.', '_', '-', '/', starting with a letter or digit",
+            "MALFORMED_ID",
+        )
+
+
+def _check_weight(weight: float) -> None:
+    if not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+        raise InvalidField(
+            "weight", f"{weight} is not above 0 and at most {MAX_WEIGHT:g}", "OUT_OF_RANGE", limit=MAX_WEIGHT
+        )
+
+
+def _page_token(adapter_id: str) -> str:
+    return base64.urlsafe_b64encode(b"after:" + adapter_id.encode()).decode()
+
+
+def _after(token: str) -> str:
+    try:
+        raw = base64.urlsafe_b64decode(token).decode()
+    except (binascii.Error, ValueError):
+        raw = ""
+    if token and not raw.startswith("after:"):
+        raise InvalidField("page_token", "was not made by ListAdapters", "MALFORMED_PAGE_TOKEN")
+    return raw.removeprefix("after:")
