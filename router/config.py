@@ -1,0 +1,41 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from servicekit.settings import setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The router: public API, fair queues, dispatch to engines."""
+
+    listen: str = setting("127.0.0.1:50051", "Address of the public API.")
+    engines: tuple[str, ...] = setting(("127.0.0.1:50061",), "Address of an engine; may be repeated.")
+    cache: str = setting("127.0.0.1:50071", "Address of the node's cache.")
+    metrics_listen: str = setting("", "Address of /metrics.")
+    router_id: str = setting("", "Name in traces and logs; made up when empty.")
+    max_queued_requests: int = setting(10000, "Most requests that wait, all tenants together.")
+    max_queued_per_tenant: int = setting(5000, "Most requests of one tenant that wait.")
+    drain_seconds: float = setting(30.0, "How long requests may go on after SIGTERM.")
+    # Decoding is bound by memory traffic and prefill by arithmetic: a token of output takes the accelerator about
+    # twice as long as a token of a long prompt. The same default as the VTC paper.
+    prompt_token_weight: float = setting(1.0, "Charge of a prompt token that was not in the prefix cache.")
+    output_token_weight: float = setting(2.0, "Charge of an output token.")
+
+    def __post_init__(self) -> None:
+        if not self.engines:
+            raise ValueError("engines: at least one address is needed")
+        if len(set(self.engines)) != len(self.engines):
+            raise ValueError("engines: an address is named twice")
+        for name in ("max_queued_requests", "max_queued_per_tenant"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        for name in ("drain_seconds", "prompt_token_weight", "output_token_weight"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}: must be a number of at least 0")
+        if self.output_token_weight == 0:
+            raise ValueError("output_token_weight: must be above 0")

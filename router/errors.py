@@ -1,0 +1,89 @@
+"""What the router itself can refuse or lose.
+
+    servicekit.errors.ServiceError
+    ├── InvalidField             INVALID_ARGUMENT     INVALID_FIELD, see validation.py
+    ├── NotImplementedYet        UNIMPLEMENTED        NOT_IMPLEMENTED, see validation.py
+    ├── NotFound
+    │   └── AdapterNotFound      NOT_FOUND            ADAPTER_NOT_FOUND
+    ├── Exhausted
+    │   └── QueueFull            RESOURCE_EXHAUSTED   QUEUE_FULL, TENANT_QUEUE_FULL; with a retry delay
+    ├── Unavailable
+    │   ├── NoEngine             UNAVAILABLE          NO_ENGINE
+    │   ├── RegistryNotLoaded    UNAVAILABLE          REGISTRY_NOT_LOADED
+    │   ├── CacheUnreachable     UNAVAILABLE          CACHE_UNREACHABLE
+    │   └── Draining             UNAVAILABLE          DRAINING
+    ├── Aborted
+    │   └── AnswerLost           ABORTED              ENGINE_LOST, DRAINING
+    ├── Internal
+    │   ├── EngineBrokeContract  INTERNAL             ENGINE_BROKE_CONTRACT
+    │   └── IllegalTransition    INTERNAL             ILLEGAL_TRANSITION
+    └── RemoteError              as the engine or the cache said
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from servicekit.errors import Aborted, Exhausted, Internal, NotFound, Unavailable
+
+
+class AdapterNotFound(NotFound):
+    """Raised when an adapter is not registered, or is being deleted."""
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(f"adapter {adapter_id!r} is not registered", "ADAPTER_NOT_FOUND", adapter_id=adapter_id)
+
+
+class QueueFull(Exhausted):
+    """Raised when as many requests wait as may wait."""
+
+    def __init__(self, message: str, reason: str, limit: int, retry_after: float) -> None:
+        super().__init__(message, reason, retry_after=retry_after)
+        self.metadata = {"limit": str(limit)}
+
+
+class NoEngine(Unavailable):
+    """Raised when no engine is connected, and none was a moment ago."""
+
+    def __init__(self) -> None:
+        super().__init__("no engine is connected", "NO_ENGINE")
+
+
+class RegistryNotLoaded(Unavailable):
+    """Raised when an adapter is asked for before the registry was read once."""
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__("the registry of adapters was not read yet", "REGISTRY_NOT_LOADED")
+        self.metadata = {"adapter_id": adapter_id}
+
+
+class CacheUnreachable(Unavailable):
+    """Raised when a call to the registry cannot be made."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__("the cache, which holds the registry, cannot be reached", "CACHE_UNREACHABLE", cache=address)
+
+
+class Draining(Unavailable):
+    """Raised when this router is stopping and nothing was answered."""
+
+    def __init__(self) -> None:
+        super().__init__("this router is stopping", "DRAINING")
+
+
+class AnswerLost(Aborted):
+    """Raised when an answer ends half-way through no fault of its own."""
+
+
+class EngineBrokeContract(Internal):
+    """Raised when an engine says something the contract does not allow."""
+
+    def __init__(self, engine_id: str, what: str) -> None:
+        super().__init__(f"engine {engine_id} {what}", "ENGINE_BROKE_CONTRACT", engine_id=engine_id)
+
+
+class IllegalTransition(Internal):
+    """Raised when a request is to change to a state that cannot follow its own; it keeps its own."""
+
+    def __init__(self, current: str, following: str) -> None:
+        super().__init__(f"a request that is {current} cannot become {following}", "ILLEGAL_TRANSITION")

@@ -1,0 +1,105 @@
+"""One request on its way through the router, and what it says of itself at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from opentelemetry.trace import Span
+
+from router.errors import IllegalTransition
+from router.flows import MICRO, Ticket
+from router.messages import Completion, Finished, Receipt, Started, Wire
+from router.registry_view import Adapter
+from servicekit.errors import ServiceError
+
+
+class State(Enum):
+    """Where a request is."""
+
+    NEW = "new"
+    QUEUED = "queued"
+    DISPATCHED = "dispatched"
+    ENDED = "ended"
+
+
+# A dispatched request is queued again when its engine is lost before its first token.
+_NEXT = {
+    State.NEW: {State.QUEUED, State.ENDED},
+    State.QUEUED: {State.DISPATCHED, State.ENDED},
+    State.DISPATCHED: {State.QUEUED, State.ENDED},
+    State.ENDED: set[State](),
+}
+
+
+class Sink(Protocol):
+    """Where an answer goes."""
+
+    def put(self, text: str, token_ids: list[int], logprobs: list[Wire]) -> None: ...
+
+    def close(self, end: Completion | ServiceError) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and all that happens to it; after it was submitted, only the loop changes it. Times in seconds."""
+
+    request_id: str
+    tenant: str
+    adapter: Adapter
+    estimated_prompt_tokens: int
+    wire: Wire
+    sink: Sink
+    span: Span
+    arrived_at: float
+
+    state: State = field(default=State.NEW, init=False)
+    ticket: Ticket | None = field(default=None, init=False)
+    sequence_id: int = field(default=0, init=False)
+    engine: str = field(default="", init=False)
+    dispatched_at: float = field(default=0.0, init=False)
+    first_token_at: float | None = field(default=None, init=False)
+    started: Started | None = field(default=None, init=False)
+    output_tokens: int = field(default=0, init=False)
+    migrations: int = field(default=0, init=False)
+    stage_span: Span | None = field(default=None, init=False)
+
+    def become(self, state: State) -> None:
+        if state not in _NEXT[self.state]:
+            raise IllegalTransition(self.state.value, state.value)
+        self.state = state
+
+    @property
+    def has_answered(self) -> bool:
+        return self.first_token_at is not None
+
+    @property
+    def charged_tokens(self) -> tuple[int, int]:
+        """Prompt tokens, and output tokens, to be charged for it, as far as is known."""
+        if self.started is None:
+            return self.estimated_prompt_tokens, self.output_tokens
+        return self.started.prompt_tokens - self.started.cached_prompt_tokens, self.output_tokens
+
+    def completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
+        return Completion(
+            finish_reason=finished.finish_reason,
+            stop_match=finished.stop_match,
+            prompt_tokens=started.prompt_tokens,
+            cached_prompt_tokens=started.cached_prompt_tokens,
+            output_tokens=finished.output_tokens,
+            receipt=Receipt(
+                queue=self.dispatched_at - self.arrived_at,
+                adapter_wait=started.adapter_wait,
+                time_to_first_token=(now if self.first_token_at is None else self.first_token_at) - self.arrived_at,
+                total=now - self.arrived_at,
+                engine_id=engine_id,
+                adapter_tier=self.adapter.tier_name,
+                charge=self.ticket.charged / MICRO if self.ticket else 0.0,
+                preemptions=finished.preemptions,
+                migrations=self.migrations,
+            ),
+            adapter_id=self.adapter.adapter_id,
+            adapter_digest=self.adapter.digest,
+            request_id=self.request_id,
+        )
