@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -37,11 +38,11 @@ class ArtifactReader:
     """Reads packed artifacts for one base.
 
     Attributes:
-        root: folder artifacts must lie in, symbolic links resolved.
+        host_tier: folder artifacts must lie in once symbolic links are resolved, or a pattern of such folders.
         targets: the base's linear layers.
     """
 
-    root: Path
+    host_tier: str
     targets: tuple[TargetModule, ...]
     dtype: torch.dtype
     device: torch.device
@@ -50,7 +51,7 @@ class ArtifactReader:
     def read(self, digest: str, path: str) -> DeviceAdapter:
         """Brings an artifact to the device; raises BadArtifact and names what is wrong with it."""
         real = Path(os.path.realpath(path))
-        if not real.is_relative_to(os.path.realpath(self.root)):
+        if not any(fnmatchcase(str(folder), self.host_tier) for folder in real.parents):
             raise BadArtifact(f"{path} lies outside of the HOST tier", path=path)
         try:
             with safe_open(real, framework="pt") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import defaultdict
@@ -133,7 +134,7 @@ class InProcess:
 
 
 def reader(base: Base, root: Path) -> ArtifactReader:
-    return ArtifactReader(root, base.targets, torch.float32, torch.device("cpu"), 512)
+    return ArtifactReader(os.path.realpath(root), base.targets, torch.float32, torch.device("cpu"), 512)
 
 
 def tiny_base(folder: Path, **settings: Any) -> Base:

@@ -69,7 +69,7 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
 DEFAULT_TARGETS = (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"])
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """A byte-level BPE tokenizer; token 0 ends an answer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,13 +81,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHAT_TEMPLATE)
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(folder: Path, family: str, seed: int = 0) -> Path:
     """Writes a random model of a family; its weights are large enough that answers differ and are no near ties."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -129,7 +130,7 @@ def make_adapter(base: Path, out: Path, name: str, rank: int, targets: list[str]
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.35 / rank**0.25)
     folder = out / name
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     digest = hashlib.sha256(f"{base.name}/{name}".encode()).hexdigest()
     return TinyAdapter(name, digest, folder, pack(folder, digest, out))
 

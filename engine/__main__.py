@@ -1,0 +1,105 @@
+"""The engine process: python -m engine --model FOLDER."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import logging
+import os
+import sys
+import uuid
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from engine.cache_link import CacheLink
+from engine.config import Settings
+from engine.loop import EngineLoop
+from engine.messages import Report
+from engine.model import MIB, Base, load_base
+from engine.rows import ArtifactReader
+from engine.service import Engine, EngineServicer
+from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
+from servicekit.metrics import serve_metrics
+from servicekit.server import Server, run, stop_requested
+from servicekit.settings import read_settings
+from servicekit.tracing import setup_tracing
+
+_log = logging.getLogger("engine")
+
+SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+
+
+async def main() -> None:
+    """Binds, loads the base, serves, and drains when told to stop."""
+    settings = read_settings(Settings, "engine", sys.argv[1:], os.environ)
+    engine_id = settings.engine_id or f"engine-{uuid.uuid4().hex[:8]}"
+    setup_tracing("engine", engine_id)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    serve_metrics(settings.metrics_listen)
+
+    # Bound before the base is loaded: an address in use is known at once, and health can be asked meanwhile.
+    server, servicer = Server(), EngineServicer()
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
+    await server.start(settings.listen, [SERVICE])
+    stop = asyncio.create_task(stop_requested())
+    loading = asyncio.create_task(asyncio.to_thread(load_base, settings))
+    await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
+    if stop.done():
+        # A load cannot be interrupted; nothing is lost by leaving it.
+        os._exit(0)
+    await _serve(settings, engine_id, loading.result(), server, servicer, stop)
+
+
+async def _serve(
+    settings: Settings, engine_id: str, base: Base, server: Server, servicer: EngineServicer, stop: asyncio.Task[None]
+) -> None:
+    adapter_bytes = settings.adapter_memory_mib * MIB
+    link = _link(settings, engine_id, base, adapter_bytes)
+    loop = EngineLoop(
+        base,
+        max_sequences=settings.max_sequences,
+        step_tokens=settings.step_tokens,
+        adapter_bytes=adapter_bytes,
+        report=link.report if link else _unheard,
+    )
+    loop.start()
+    attached = asyncio.create_task(link.run(loop)) if link else None
+    servicer.open(
+        Engine(engine_id, base, loop, settings.max_sequences, settings.max_rank, serves_adapters=link is not None)
+    )
+    await server.set_serving(True)
+    _log.info("%s serves %s on %s", engine_id, base.name, settings.listen)
+
+    await stop
+    _log.info("stopping; running sequences get %d s to finish", settings.drain_seconds)
+    await server.set_serving(False)
+    await servicer.drain(settings.drain_seconds)
+    await server.drain(1.0)
+    if attached:
+        attached.cancel()
+    loop.stop()
+
+
+def _link(settings: Settings, engine_id: str, base: Base, adapter_bytes: int) -> CacheLink | None:
+    if not settings.cache:
+        return None
+    dtype, device = getattr(torch, base.dtype), torch.device(base.device)
+    reader = ArtifactReader(_host_tier(settings), base.targets, dtype, device, settings.max_rank)
+    return CacheLink(settings.cache, engine_id, base, reader, adapter_bytes)
+
+
+def _host_tier(settings: Settings) -> str:
+    """Pattern of the folders artifacts may lie in."""
+    if settings.host_tier:
+        return glob.escape(os.path.realpath(settings.host_tier))
+    # The cache's default folder carries its node's id; any of this user's will do.
+    return f"/dev/shm/loraplex-{os.getuid()}-*"
+
+
+def _unheard(report: Report) -> None:
+    """Takes reports where there is no cache to send them to."""
+
+
+if __name__ == "__main__":
+    run(main, "engine")

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import build_batch
+from engine.blocks import BLOCK_SIZE, BlockPool, blocks_for
+from engine.scheduler import Scheduler, Step
+from engine.sequence import Sequence, State
+
+
+def make(arrival: int, prompt: int, adapter: str = "", state: State = State.WAITING) -> Sequence:
+    return Sequence(arrival, adapter, list(range(prompt)), prompt, state=state)
+
+
+def finish_step(scheduler: Scheduler, step: Step) -> list[Sequence]:
+    """What the loop does after a forward pass; returns the sequences that got a token."""
+    scheduler.advance(step)
+    yielded = [row.sequence for row in step.rows if row.yields_token]
+    for sequence in yielded:
+        sequence.tokens.append(7)
+    return yielded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One sequence of a random run: when it comes, how long it is, whether its adapter is late, when it is cancelled."""
+
+    at: int
+    prompt: int
+    output: int
+    ready_after: int
+    cancel_after: int | None
+
+
+plans = st.lists(
+    st.builds(
+        Plan,
+        at=st.integers(0, 20),
+        prompt=st.integers(1, 60),
+        output=st.integers(1, 40),
+        ready_after=st.sampled_from([0, 0, 0, 3, 10]),
+        cancel_after=st.sampled_from([None, None, None, 1, 5]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def follow(scheduler: Scheduler, sequence: Sequence, plan: Plan, now: int) -> None:
+    if now == plan.at:
+        scheduler.add(sequence)
+    if now == plan.at + plan.ready_after and sequence.state is State.WAITING_ADAPTER:
+        scheduler.adapter_ready(sequence, 1)
+    cancelled = plan.cancel_after is not None and now == plan.at + plan.cancel_after
+    if cancelled and sequence.state is not State.FINISHED:
+        scheduler.remove(sequence)
+
+
+def check_rows(scheduler: Scheduler, step: Step) -> None:
+    """One run of tokens per sequence, with blocks for all of them; everybody in decode takes part."""
+    for row in step.rows:
+        assert row.start == row.sequence.computed and row.count >= 1
+        assert len(row.sequence.blocks) >= blocks_for(row.start + row.count)
+    taking_part = {id(row.sequence) for row in step.rows}
+    assert len(taking_part) == len(step.rows)
+    assert all(id(sequence) in taking_part for sequence in scheduler.running if sequence.pending == 1)
+    assert step.rows or not scheduler.has_work
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans, st.integers(1, 6), st.integers(0, 30), st.integers(0, 6))
+def test_budgets_hold_nothing_leaks_and_every_sequence_ends(
+    script: list[Plan], max_sequences: int, more_tokens: int, more_blocks: int
+) -> None:
+    # Given a pool that holds the longest sequence and little more
+    longest = max(plan.prompt + plan.output for plan in script)
+    pool = BlockPool(blocks_for(longest) + more_blocks)
+    step_tokens = max_sequences + more_tokens
+    scheduler = Scheduler(pool, max_sequences, step_tokens)
+    sequences = [make(i, plan.prompt, state=State.WAITING_ADAPTER) for i, plan in enumerate(script)]
+    wanted = {id(sequence): plan for sequence, plan in zip(sequences, script, strict=True)}
+
+    # When sequences come, wait, run and go
+    for now in range(5000):
+        for sequence in sequences:
+            follow(scheduler, sequence, wanted[id(sequence)], now)
+        step = scheduler.schedule()
+        # Then each step keeps its budgets
+        assert sum(row.count for row in step.rows) <= step_tokens
+        assert len(scheduler.running) <= max_sequences
+        check_rows(scheduler, step)
+        for sequence in finish_step(scheduler, step):
+            if sequence.output_length >= wanted[id(sequence)].output:
+                scheduler.remove(sequence)
+        scheduler.check_integrity()
+        if now > 20 and all(sequence.state is State.FINISHED for sequence in sequences):
+            break
+    # And at the end every sequence has ended and every block is free
+    assert all(sequence.state is State.FINISHED for sequence in sequences)
+    assert pool.free_count == pool.total
+
+
+def test_nobody_waits_behind_a_sequence_whose_adapter_is_loading() -> None:
+    scheduler = Scheduler(BlockPool(8), 4, 32)
+    scheduler.add(make(1, 5, "late", State.WAITING_ADAPTER))
+    scheduler.add(make(2, 5))
+    assert [row.sequence.arrival for row in scheduler.schedule().rows] == [2]
+
+
+def test_a_sequence_whose_adapter_came_late_takes_its_place_by_age() -> None:
+    scheduler = Scheduler(BlockPool(2), 1, 32)
+    late = make(1, 5, "late", State.WAITING_ADAPTER)
+    scheduler.add(late)
+    scheduler.add(make(2, 5))
+    scheduler.add(make(3, 5))
+    scheduler.adapter_ready(late, 4)
+    assert [row.sequence.arrival for row in scheduler.schedule().rows] == [1]
+    assert late.generation == 4
+
+
+def test_a_long_prompt_shares_its_steps_with_decode() -> None:
+    # Given a sequence in decode
+    scheduler = Scheduler(BlockPool(40), 4, 16)
+    decoding = make(1, 3)
+    scheduler.add(decoding)
+    finish_step(scheduler, scheduler.schedule())
+    # When a prompt of several steps comes
+    scheduler.add(make(2, 100))
+    counts = []
+    while not counts or counts[-1] == 15:
+        step = scheduler.schedule()
+        # Then the other has its token in each of them
+        assert (step.rows[0].sequence, step.rows[0].count) == (decoding, 1)
+        counts.append(step.rows[1].count)
+        finish_step(scheduler, step)
+    assert counts == [15] * 6 + [10]
+
+
+def test_when_blocks_run_out_the_newest_is_computed_again() -> None:
+    # Given two sequences that fill the pool but for the spare block of the second's admission
+    scheduler = Scheduler(BlockPool(3), 2, 64)
+    old, new = make(1, BLOCK_SIZE), make(2, BLOCK_SIZE - 2)
+    scheduler.add(old)
+    scheduler.add(new)
+    finish_step(scheduler, scheduler.schedule())
+    assert len(scheduler.running) == 2
+    # When both need one more block
+    for _ in range(3):
+        step = scheduler.schedule()
+        finish_step(scheduler, step)
+    # Then the newest lost its blocks, kept its tokens, and waits
+    assert (new.state, new.preemptions, new.computed, new.blocks) == (State.WAITING, 1, 0, [])
+    assert new.output_length > 1
+    assert old.preemptions == 0 and old.state is State.RUNNING
+
+
+def test_a_batch_has_one_segment_per_adapter_and_every_token_once() -> None:
+    scheduler = Scheduler(BlockPool(40), 8, 64)
+    for arrival, adapter in enumerate(["b", "", "a", "b", "", "a"]):
+        scheduler.add(make(arrival, 3 + arrival, adapter))
+    step = scheduler.schedule()
+    batch = build_batch(step.rows)
+    assert [(s.adapter, s.start, s.stop) for s in batch.segments] == [("a", 11, 24), ("b", 24, 33)]
+    assert len(batch.tokens) == len(batch.positions) == len(batch.slots) == 33
+    assert len(set(batch.slots)) == 33 and min(batch.slots) >= BLOCK_SIZE
+    assert [batch.tokens[i] for i in batch.sampled_tokens] == [row.sequence.tokens[-1] for row in batch.sampled]

@@ -1,0 +1,381 @@
+"""The real service over gRPC: a tiny model, a router and a cache played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client import REGISTRY
+
+from engine.cache_link import CacheLink
+from engine.loop import EngineLoop
+from engine.model import Base
+from engine.service import Engine, EngineServicer
+from loraplex.cache.v1 import residency_pb2 as cache
+from loraplex.cache.v1 import residency_pb2_grpc
+from loraplex.engine.v1 import engine_pb2 as wire
+from loraplex.engine.v1 import engine_pb2_grpc
+from loraplex.v1 import generation_pb2 as public
+from servicekit.server import Server
+from tests.engine.harness import Collected, reader, tiny_base
+from tests.engine.tiny import Oracle, TinyAdapter, four_adapters
+
+PROMPT = [5, 80, 33, 7, 290]
+
+
+class FakeCache(residency_pb2_grpc.ResidencyServiceServicer):
+    """A cache that does what the test says."""
+
+    def __init__(self) -> None:
+        self.described: list[cache.EngineDescription] = []
+        self.said: list[cache.AttachEngineRequest] = []
+        self.changed = asyncio.Condition()
+        self.orders: asyncio.Queue[cache.AttachEngineResponse | None] = asyncio.Queue()
+
+    async def AttachEngine(self, request_iterator: Any, context: Any) -> AsyncIterator[cache.AttachEngineResponse]:
+        first = await anext(request_iterator)
+        async with self.changed:
+            self.described.append(first.description)
+            self.changed.notify_all()
+        yield cache.AttachEngineResponse(accepted=cache.EngineAccepted(node_id="node"))
+        listening = asyncio.create_task(self._listen(request_iterator))
+        while order := await self.orders.get():
+            yield order
+        listening.cancel()
+
+    async def _listen(self, requests: Any) -> None:
+        async for request in requests:
+            async with self.changed:
+                self.said.append(request)
+                self.changed.notify_all()
+
+    async def heard(self, what: Callable[[cache.AttachEngineRequest], bool]) -> None:
+        async with self.changed, asyncio.timeout(10):
+            await self.changed.wait_for(lambda: any(what(said) for said in self.said))
+
+    def order(self, **what: Any) -> None:
+        self.orders.put_nowait(cache.AttachEngineResponse(**what))
+
+    def load(self, adapter: TinyAdapter) -> None:
+        path = adapter.path
+        self.order(load=cache.LoadArtifact(digest=adapter.digest, path=str(path), size_bytes=path.stat().st_size))
+
+
+class Stream:
+    """A Dispatch stream, seen from the router."""
+
+    def __init__(self, stub: Any) -> None:
+        self._out: asyncio.Queue[wire.DispatchRequest | None] = asyncio.Queue()
+        self.call = stub.Dispatch(self._requests())
+        self.sequences: dict[int, Collected] = {}
+        self.started: dict[int, wire.SequenceStarted] = {}
+        self.ended: dict[int, wire.SequenceOutput] = {}
+        self.frames: list[wire.StepFrame] = []
+        self.ready = asyncio.get_running_loop().create_future()
+        self.changed = asyncio.Condition()
+        self.reading = asyncio.create_task(self._read())
+
+    async def _requests(self) -> AsyncIterator[wire.DispatchRequest]:
+        while request := await self._out.get():
+            yield request
+
+    async def _read(self) -> None:
+        async for response in self.call:
+            if response.WhichOneof("message") == "ready":
+                self.ready.set_result(response.ready)
+                continue
+            async with self.changed:
+                self.frames.append(response.frame)
+                for output in response.frame.outputs:
+                    self._collect(output)
+                self.changed.notify_all()
+
+    def _collect(self, output: wire.SequenceOutput) -> None:
+        collected = self.sequences.setdefault(output.sequence_id, Collected())
+        collected.text += output.text
+        collected.token_ids += output.token_ids
+        if output.HasField("started"):
+            self.started[output.sequence_id] = output.started
+        if output.WhichOneof("end"):
+            self.ended[output.sequence_id] = output
+
+    def submit(self, sequence_id: int, digest: str = "", **request: Any) -> None:
+        request.setdefault("token_ids", public.TokenIds(ids=PROMPT))
+        request.setdefault("stopping", public.StoppingParams(max_output_tokens=12))
+        asked = public.GenerateRequest(**request)
+        submit = wire.SubmitSequence(sequence_id=sequence_id, request=asked, adapter_digest=digest)
+        self._out.put_nowait(wire.DispatchRequest(submit=submit))
+
+    def cancel(self, sequence_id: int) -> None:
+        self._out.put_nowait(wire.DispatchRequest(cancel=wire.CancelSequence(sequence_id=sequence_id)))
+
+    def close(self) -> None:
+        self._out.put_nowait(None)
+
+    async def until(self, what: Callable[[], bool]) -> None:
+        async with self.changed, asyncio.timeout(20):
+            await self.changed.wait_for(what)
+
+    async def end_of(self, sequence_id: int) -> wire.SequenceOutput:
+        await self.until(lambda: sequence_id in self.ended)
+        return self.ended[sequence_id]
+
+
+@dataclass
+class Stack:
+    base: Base
+    folder: Path
+    adapters: list[TinyAdapter]
+    stub: Any
+    cache: FakeCache
+    loop: EngineLoop
+    servicer: EngineServicer
+    streams: list[Stream] = field(default_factory=list)
+
+    async def stream(self) -> Stream:
+        stream = Stream(self.stub)
+        self.streams.append(stream)
+        await stream.ready
+        return stream
+
+
+@asynccontextmanager
+async def running_stack(folder: Path, shared: Path, with_cache: bool = True) -> AsyncIterator[Stack]:
+    base = tiny_base(folder)
+    adapters = four_adapters(folder, shared, "llama")
+    cache_server, fake = Server(), FakeCache()
+    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(fake, cache_server.grpc)
+    await cache_server.start("127.0.0.1:0", [])
+    server, servicer = Server(), EngineServicer()
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
+    await server.start("127.0.0.1:0", [])
+
+    link = CacheLink(f"127.0.0.1:{cache_server.port}", "engine-1", base, reader(base, shared), 1 << 24)
+    loop = EngineLoop(base, max_sequences=8, step_tokens=64, adapter_bytes=1 << 24, report=link.report)
+    loop.start()
+    attached = asyncio.create_task(link.run(loop)) if with_cache else None
+    servicer.open(Engine("engine-1", base, loop, 8, 512, serves_adapters=with_cache))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        stack = Stack(base, folder, adapters, stub, fake, loop, servicer)
+        yield stack
+        for stream in stack.streams:
+            stream.call.cancel()
+            stream.reading.cancel()
+    if attached:
+        attached.cancel()
+    loop.stop()
+    await server.drain(0)
+    await cache_server.drain(0)
+
+
+@pytest.fixture
+async def stack(tiny_model: Callable[[str], Path], tmp_path: Path) -> AsyncIterator[Stack]:
+    async with running_stack(tiny_model("llama"), tmp_path) as running:
+        yield running
+
+
+async def test_the_first_message_describes_the_engine_and_silence_is_broken_once_a_second(stack: Stack) -> None:
+    stream = await stack.stream()
+    ready = stream.ready.result()
+    assert (ready.engine_id, ready.max_sequences) == ("engine-1", 8)
+    assert (ready.model.context_length, ready.model.vocab_size, ready.model.dtype) == (256, 384, "float32")
+    assert ready.model.base_digest == stack.base.digest and ready.model.has_chat_template
+    await stream.until(lambda: len(stream.frames) >= 1)
+    assert stream.frames[0].step == 0 and stream.frames[0].load.total_block_count == stack.base.block_count
+
+
+async def test_an_adapter_is_loaded_while_others_stream_and_then_answers(stack: Stack) -> None:
+    oracle = Oracle(stack.folder, stack.adapters)
+    late = stack.adapters[3]
+    stream = await stack.stream()
+    # Given a long base stream and a sequence that waits for its adapter
+    stream.submit(1, stopping=public.StoppingParams(max_output_tokens=200, ignore_eos=True))
+    stream.submit(2, digest=late.digest)
+    await stack.cache.heard(lambda said: list(said.wanted.digests) == [late.digest])
+    await stack.cache.heard(lambda said: list(said.in_use.digests) == [late.digest])
+    assert stack.cache.described[0].base_digest == stack.base.digest
+    assert len(stack.cache.described[0].modules) == 21
+    await stream.until(lambda: 1 in stream.started)
+    assert 2 not in stream.started
+    # When the cache sends it
+    stack.cache.load(late)
+    # Then the waiting one answers as PEFT would, and the other never noticed
+    ended = await stream.end_of(2)
+    assert ended.WhichOneof("end") == "finished"
+    assert stream.sequences[2].token_ids == oracle.greedy(PROMPT, 12, late.digest)
+    assert stream.started[2].adapter_wait.ToNanoseconds() > 0
+    assert (await stream.end_of(1)).finished.output_tokens == 200
+    await stack.cache.heard(lambda said: said.loaded.digest == late.digest and said.loaded.device_bytes > 0)
+
+
+async def test_an_adapter_in_use_stays_until_it_is_forced_out(stack: Stack) -> None:
+    adapter = stack.adapters[0]
+    stack.cache.load(adapter)
+    stream = await stack.stream()
+    stream.submit(1, adapter.digest, stopping=public.StoppingParams(max_output_tokens=200, ignore_eos=True))
+    await stream.until(lambda: 1 in stream.started)
+    stack.cache.order(evict=cache.EvictArtifact(digest=adapter.digest))
+    await stack.cache.heard(lambda said: said.WhichOneof("message") == "evicted" and not said.evicted.evicted)
+    stack.cache.order(evict=cache.EvictArtifact(digest=adapter.digest, force=True))
+    failed = (await stream.end_of(1)).failed
+    assert (failed.code, failed.reason) == (10, "ADAPTER_REMOVED")
+    await stack.cache.heard(lambda said: said.evicted.evicted)
+    assert stack.loop.resident == ()
+
+
+async def test_an_adapter_that_cannot_be_had_fails_those_who_wait_with_the_caches_reason(stack: Stack) -> None:
+    stream = await stack.stream()
+    stream.submit(1, digest="nowhere")
+    await stack.cache.heard(lambda said: list(said.wanted.digests) == ["nowhere"])
+    gone = cache.ArtifactUnavailable(digest="nowhere", code=14, reason="SOURCE_DOWN", message="no")
+    stack.cache.order(unavailable=gone)
+    failed = (await stream.end_of(1)).failed
+    assert (failed.code, failed.reason, failed.metadata["digest"]) == (14, "SOURCE_DOWN", "nowhere")
+
+
+async def test_a_broken_artifact_is_refused_by_reason(stack: Stack, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(stack.adapters[0].path.read_bytes()[:-5])
+    digest = stack.adapters[0].digest
+    for path in (str(truncated), "/etc/passwd", str(stack.adapters[1].path)):
+        stack.cache.said.clear()
+        stack.cache.order(load=cache.LoadArtifact(digest=digest, path=path))
+        await stack.cache.heard(lambda said: said.load_failed.reason == "BAD_ARTIFACT")
+    assert stack.loop.resident == ()
+
+
+async def test_the_link_comes_back_and_says_what_is_resident(stack: Stack) -> None:
+    stack.cache.load(stack.adapters[0])
+    await stack.cache.heard(lambda said: bool(said.loaded.digest))
+    stack.cache.orders.put_nowait(None)
+    async with stack.cache.changed, asyncio.timeout(10):
+        await stack.cache.changed.wait_for(lambda: len(stack.cache.described) == 2)
+    assert list(stack.cache.described[1].resident_digests) == [stack.adapters[0].digest]
+
+
+async def test_a_router_that_goes_away_frees_its_sequences_within_two_steps(stack: Stack) -> None:
+    leaver, other = await stack.stream(), await stack.stream()
+    endless = public.StoppingParams(max_output_tokens=240, ignore_eos=True)
+    for sequence_id in (1, 2, 3):
+        leaver.submit(sequence_id, stopping=endless)
+    other.submit(1, stopping=endless)
+    await other.until(lambda: any(frame.load.running_count == 4 for frame in other.frames))
+    leaver.call.cancel()
+    await other.until(lambda: other.frames[-1].load.running_count == 1)
+    counts = [frame.load.running_count for frame in other.frames if frame.step]
+    assert REGISTRY.get_sample_value("loraplex_engine_running_sequences") in (0.0, 1.0)
+    # From 4 to 1 at once: no step in between runs some of them
+    assert not {2, 3} & set(counts[counts.index(4) :])
+    other.cancel(1)
+    await other.until(lambda: other.frames[-1].load.running_count == 0)
+    assert stack.loop.load.free_blocks == stack.base.block_count
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+async def test_a_cancelled_sequence_says_nothing_more(stack: Stack, how: str) -> None:
+    stream = await stack.stream()
+    stream.submit(1, stopping=public.StoppingParams(max_output_tokens=240, ignore_eos=True))
+    await stream.until(lambda: 1 in stream.started)
+    if how == "cancel":
+        stream.cancel(1)
+        await stream.until(lambda: stream.frames[-1].load.running_count == 0)
+    else:
+        stream.close()
+        await asyncio.wait_for(stream.reading, 10)
+    assert 1 not in stream.ended
+
+
+WRONG: list[tuple[dict[str, Any], str, dict[str, str]]] = [
+    ({"token_ids": public.TokenIds()}, "EMPTY_PROMPT", {"field": "prompt"}),
+    ({"text": ""}, "EMPTY_PROMPT", {"field": "prompt"}),
+    ({"token_ids": public.TokenIds(ids=[5, 384])}, "INVALID_FIELD", {"field": "prompt", "limit": "384"}),
+    ({"token_ids": public.TokenIds(ids=[5, -1])}, "INVALID_FIELD", {"field": "prompt", "limit": "384"}),
+    ({"token_ids": public.TokenIds(ids=[5] * 256)}, "CONTEXT_EXCEEDED", {"field": "prompt", "limit": "256"}),
+    (
+        {"stopping": public.StoppingParams(max_output_tokens=252)},
+        "CONTEXT_EXCEEDED",
+        {"field": "stopping.max_output_tokens", "limit": "251"},
+    ),
+    ({"stopping": public.StoppingParams(stop_token_ids=[999])}, "INVALID_FIELD", {"field": "stopping.stop_token_ids"}),
+    ({"sampling": public.SamplingParams(logit_bias={384: 1})}, "INVALID_FIELD", {"field": "sampling.logit_bias"}),
+    ({"constraint": public.Constraint(regex="a")}, "NOT_IMPLEMENTED", {"field": "constraint"}),
+    ({"output": public.OutputOptions(prompt_logprobs=True)}, "NOT_IMPLEMENTED", {"field": "output.prompt_logprobs"}),
+]
+
+
+@pytest.mark.parametrize(("given", "reason", "metadata"), WRONG)
+async def test_wrong_input_fails_alone_and_names_field_and_limit(
+    stack: Stack, given: dict[str, Any], reason: str, metadata: dict[str, str]
+) -> None:
+    stream = await stack.stream()
+    stream.submit(1, **given)
+    stream.submit(2)
+    failed = (await stream.end_of(1)).failed
+    assert failed.reason == reason
+    assert metadata.items() <= dict(failed.metadata).items()
+    assert (await stream.end_of(2)).WhichOneof("end") == "finished"
+
+
+async def test_a_chat_uses_the_adapters_template_and_a_broken_template_is_named(stack: Stack) -> None:
+    chat = public.Chat(messages=[public.ChatMessage(role="user", content="hi")])
+    ask = public.TokenizeRequest(chat=chat)
+    base_way = (await stack.stub.Tokenize(wire.TokenizeRequest(request=ask))).response
+    assert "".join(base_way.tokens) == "<|user|>hi<|end|><|assistant|>"
+    own = wire.TokenizeRequest(request=ask, chat_template="{{ messages[0]['content'] }}!")
+    assert "".join((await stack.stub.Tokenize(own)).response.tokens) == "hi!"
+    for template in ("{{ nothing.at.all }}", "{% raise %}", "{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.stub.Tokenize(wire.TokenizeRequest(request=ask, chat_template=template))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, template
+
+
+async def test_logprobs_and_text_come_with_the_tokens(stack: Stack) -> None:
+    stream = await stack.stream()
+    stream.submit(1, text="The quick brown", output=public.OutputOptions(top_logprobs=3))
+    await stream.end_of(1)
+    outputs = [output for frame in stream.frames for output in frame.outputs]
+    logprobs = [logprob for output in outputs for logprob in output.logprobs]
+    tokens = stream.sequences[1].token_ids
+    assert [logprob.token_id for logprob in logprobs] == tokens
+    assert all(len(logprob.top) == 3 and logprob.top[0].token_id == logprob.token_id for logprob in logprobs)
+    assert stream.sequences[1].text == stack.base.tokenizer.decode(tokens)
+
+
+async def test_a_drain_lets_open_sequences_finish_and_refuses_new_ones(stack: Stack) -> None:
+    stream = await stack.stream()
+    stream.submit(1, stopping=public.StoppingParams(max_output_tokens=150, ignore_eos=True))
+    await stream.until(lambda: 1 in stream.started)
+    draining = asyncio.create_task(stack.servicer.drain(20))
+    await asyncio.sleep(0)
+    stream.submit(2)
+    assert (await stream.end_of(2)).failed.reason == "ENGINE_DRAINING"
+    await draining
+    await asyncio.wait_for(stream.reading, 10)
+    assert stream.ended[1].finished.output_tokens == 150
+
+
+async def test_an_engine_without_cache_refuses_adapters(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    async with running_stack(tiny_model("llama"), tmp_path, with_cache=False) as stack:
+        stream = await stack.stream()
+        stream.submit(1, digest="any")
+        failed = (await stream.end_of(1)).failed
+        assert (failed.code, failed.reason) == (9, "NO_ADAPTERS")
+
+
+async def test_before_the_base_is_loaded_everything_is_unavailable() -> None:
+    server = Server()
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(), server.grpc)
+    await server.start("127.0.0.1:0", [])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(wire.TokenizeRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await server.drain(0)
