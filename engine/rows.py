@@ -61,8 +61,7 @@ class ArtifactReader:
                 tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in names}
         except (OSError, SafetensorError) as error:
             raise BadArtifact(f"{real.name} cannot be read: {error}", path=path) from None
-        pairs = self._pairs(tensors)
-        return DeviceAdapter(digest, pairs, sum(tensor.nbytes for tensor in tensors.values()))
+        return DeviceAdapter(digest, self._pairs(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
     def _check_identity(self, digest: str, metadata: dict[str, str]) -> None:
         if metadata.get("format") != FORMAT:
@@ -71,17 +70,18 @@ class ArtifactReader:
             raise BadArtifact("the artifact is of another version", digest=digest, found=metadata.get("digest"))
 
     def _pairs(self, tensors: dict[str, torch.Tensor]) -> tuple[LoraPair | None, ...]:
+        left = dict(tensors)
         pairs: list[LoraPair | None] = []
         for target in self.targets:
-            a, b = tensors.pop(f"{target.name}.A", None), tensors.pop(f"{target.name}.B", None)
+            a, b = left.pop(f"{target.name}.A", None), left.pop(f"{target.name}.B", None)
             if a is None and b is None:
                 pairs.append(None)
             elif a is None or b is None:
                 raise BadArtifact(f"{target.name} has half a pair", module=target.name)
             else:
                 pairs.append(self._pair(target, a, b))
-        if tensors:
-            raise BadArtifact(f"this base has no target module for {min(tensors)}", tensor=min(tensors))
+        if left:
+            raise BadArtifact(f"this base has no target module for {min(left)}", tensor=min(left))
         if not any(pairs):
             raise BadArtifact("the artifact has no tensors")
         return tuple(pairs)

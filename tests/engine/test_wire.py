@@ -106,7 +106,8 @@ class Stream:
             self.ended[output.sequence_id] = output
 
     def submit(self, sequence_id: int, digest: str = "", **request: Any) -> None:
-        request.setdefault("token_ids", public.TokenIds(ids=PROMPT))
+        if "text" not in request:
+            request.setdefault("token_ids", public.TokenIds(ids=PROMPT))
         request.setdefault("stopping", public.StoppingParams(max_output_tokens=12))
         asked = public.GenerateRequest(**request)
         submit = wire.SubmitSequence(sequence_id=sequence_id, request=asked, adapter_digest=digest)
