@@ -37,9 +37,11 @@ class Code(IntEnum):
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
+    OUT_OF_RANGE = 11
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
 
@@ -147,8 +149,15 @@ class Internal(ServiceError):
 class RemoteError(ServiceError):
     """An error another service of ours reported, passed on as it is."""
 
-    def __init__(self, code: int, message: str, reason: str, metadata: dict[str, str] | None = None) -> None:
-        super().__init__(message, reason)
+    def __init__(
+        self,
+        code: int,
+        message: str,
+        reason: str,
+        metadata: dict[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, reason, retry_after=retry_after)
         self.remote_code = Code(code)
         self.metadata = dict(metadata or {})
 

@@ -8,8 +8,8 @@
     settings = read_settings(Settings, "cache", sys.argv[1:], os.environ)
 
 The field `adapter_roots` is the flag `--adapter-roots` and the variable LORAPLEX_CACHE_ADAPTER_ROOTS (a tuple is a
-flag that may be repeated and a variable separated by ":"). A flag wins over the variable, the variable over the
-default. Types: str, int, float, bool and tuple[str, ...].
+flag that may be repeated and a variable separated by ",": addresses contain ":"). A flag wins over the variable, the
+variable over the default; an empty variable is as good as none. Types: str, int, float, bool and tuple[str, ...].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from servicekit.errors import StartupError
 
@@ -35,8 +35,10 @@ def variable(service: str, name: str) -> str:
 
 
 def read_settings(cls: type[T], service: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
-    """Builds the settings; raises StartupError naming the variable when its value is malformed."""
-    parser = argparse.ArgumentParser(prog=f"python -m {service}", description=(cls.__doc__ or "").split("\n")[0])
+    """Builds the settings; raises StartupError naming the flag or the variable when its value is malformed."""
+    parser = _Parser(
+        prog=f"python -m {service}", description=(cls.__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = variable(service, field.name)
         flag = "--" + field.name.replace("_", "-")
@@ -62,17 +64,22 @@ def read_settings(cls: type[T], service: str, argv: Sequence[str], environ: Mapp
         raise StartupError(str(error)) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(message)
+
+
 def _kind(default: Any) -> Any:
     return tuple if isinstance(default, tuple) else type(default)
 
 
 def _shown(default: Any) -> str:
-    return ":".join(default) or "none" if isinstance(default, tuple) else str(default) or "none"
+    return ",".join(default) or "none" if isinstance(default, tuple) else str(default) or "none"
 
 
 def _parse(raw: str, kind: Any, name: str) -> Any:
     if kind is tuple:
-        return tuple(part for part in raw.split(":") if part)
+        return tuple(part for part in raw.split(",") if part)
     if kind is bool:
         if raw.lower() in ("1", "true", "yes", "0", "false", "no"):
             return raw.lower() in ("1", "true", "yes")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -38,10 +40,11 @@ def from_rpc_error(error: grpc.RpcError) -> ServiceError:
     message = error.details() or ""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     if status is not None:
-        for detail in status.details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info):
-                return RemoteError(code, message, info.reason, dict(info.metadata))
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        unpacked = [detail.Unpack(info) or detail.Unpack(retry) for detail in status.details]
+        if any(unpacked) and info.reason:
+            delay = retry.retry_delay.ToNanoseconds() / 1e9
+            return RemoteError(code, message, info.reason, dict(info.metadata), delay or None)
     if code == Code.UNAVAILABLE:
         return Unavailable(message, "SERVICE_UNREACHABLE")
     return RemoteError(code, message, error.code().name)
@@ -105,8 +108,15 @@ def _guard_unary(behaviour: Any) -> Any:
 def _guard_stream(behaviour: Any) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
-                yield response
+            responses = behaviour(request, context)
+            if inspect.isawaitable(responses):
+                # A handler that calls context.write itself, as the health service's Watch does.
+                await responses
+                return
+            # Closed here and now: a handler's `finally` must not wait for the garbage collector.
+            async with aclosing(responses):
+                async for response in responses:
+                    yield response
         except Exception as error:  # noqa: BLE001 - the last frame of ours
             await abort(context, _foreseen(error))
 
