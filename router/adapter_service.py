@@ -1,8 +1,5 @@
 """The public AdapterService: every call is the cache's to answer, and its answer arrives unchanged."""
 
-# Names of methods are the contract's.
-# ruff: noqa: N802
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable

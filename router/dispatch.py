@@ -109,6 +109,11 @@ class Dispatcher:
             Stop: self._stop,
         }
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._flows.queued
+
     def post(self, message: Message) -> None:
         """Hands the loop a message. To be called on its event loop's thread."""
         self._inbox.append(message)

@@ -1,8 +1,5 @@
 """The public GenerationService: proto <-> dataclass, deadline, cancel, one path for unary and streamed answers."""
 
-# Names of methods are the contract's.
-# ruff: noqa: N802
-
 from __future__ import annotations
 
 import asyncio

@@ -15,7 +15,7 @@ from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 from router.__main__ import Router
 from router.config import Settings
-from servicekit.errors import Exhausted, NotFound
+from servicekit.errors import Exhausted, NotFound, NotImplementedYet
 from servicekit.status import ErrorInterceptor
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,7 +26,7 @@ WORDS = ("née ", "日本", "🦜", "x", " the")
 
 async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of tests have no event to wait for
             await asyncio.sleep(0.002)
 
 
@@ -69,7 +69,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         if self._server:
             await self._server.stop(None)
 
-    async def Dispatch(  # noqa: N802
+    async def Dispatch(
         self, requests: AsyncIterator[engine_pb2.DispatchRequest], context: Context
     ) -> AsyncIterator[engine_pb2.DispatchResponse]:
         model = generation_pb2.GetModelInfoResponse(base_model="fake", base_digest=self.base_digest, vocab_size=5)
@@ -118,9 +118,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             output.finished.output_tokens = done + 1
         return output
 
-    async def Tokenize(  # noqa: N802
-        self, request: engine_pb2.TokenizeRequest, context: Context
-    ) -> engine_pb2.TokenizeResponse:
+    async def Tokenize(self, request: engine_pb2.TokenizeRequest, context: Context) -> engine_pb2.TokenizeResponse:
         text = request.chat_template + request.request.text
         response = generation_pb2.TokenizeResponse(token_ids=[ord(c) for c in text], tokens=list(text))
         return engine_pb2.TokenizeResponse(response=response)
@@ -167,7 +165,7 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
         for watcher in self.watchers:
             watcher.put_nowait(adapter_pb2.AdapterEvent(kind=kind, adapter=changed))
 
-    async def WatchAdapters(  # noqa: N802
+    async def WatchAdapters(
         self, request: adapter_pb2.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[adapter_pb2.AdapterEvent]:
         queue: asyncio.Queue[adapter_pb2.AdapterEvent] = asyncio.Queue()
@@ -181,7 +179,7 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
         finally:
             self.watchers.remove(queue)
 
-    async def RegisterAdapter(  # noqa: N802
+    async def RegisterAdapter(
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
     ) -> adapter_pb2.RegisterAdapterResponse:
         self.timeouts.append(context.time_remaining())
@@ -191,13 +189,36 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
         self.adapters[made.adapter_id] = made
         return adapter_pb2.RegisterAdapterResponse(adapter=made)
 
-    async def DeleteAdapter(  # noqa: N802
+    async def DeleteAdapter(
         self, request: adapter_pb2.DeleteAdapterRequest, context: Context
     ) -> adapter_pb2.DeleteAdapterResponse:
         del self.adapters[request.adapter_id]
         return adapter_pb2.DeleteAdapterResponse()
 
-    async def GetAdapter(  # noqa: N802
+    async def ListAdapters(
+        self, request: adapter_pb2.ListAdaptersRequest, context: Context
+    ) -> adapter_pb2.ListAdaptersResponse:
+        return adapter_pb2.ListAdaptersResponse(adapters=self.adapters.values(), next_page_token=request.page_token)
+
+    async def UpdateAdapter(
+        self, request: adapter_pb2.UpdateAdapterRequest, context: Context
+    ) -> adapter_pb2.UpdateAdapterResponse:
+        found = self.adapters[request.adapter_id]
+        found.weight = request.weight
+        return adapter_pb2.UpdateAdapterResponse(adapter=found)
+
+    async def PreloadAdapter(
+        self, request: adapter_pb2.PreloadAdapterRequest, context: Context
+    ) -> adapter_pb2.PreloadAdapterResponse:
+        raise NotImplementedYet("PreloadAdapter")
+
+    async def AttachEngine(
+        self, requests: AsyncIterator[residency_pb2.AttachEngineRequest], context: Context
+    ) -> AsyncIterator[residency_pb2.AttachEngineResponse]:
+        raise NotImplementedYet("AttachEngine")
+        yield residency_pb2.AttachEngineResponse()
+
+    async def GetAdapter(
         self, request: adapter_pb2.GetAdapterRequest, context: Context
     ) -> adapter_pb2.GetAdapterResponse:
         found = self.adapters.get(request.adapter_id)
@@ -205,7 +226,7 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
             raise NotFound("no such adapter", "ADAPTER_NOT_FOUND", adapter_id=request.adapter_id)
         return adapter_pb2.GetAdapterResponse(adapter=found)
 
-    async def Prefetch(  # noqa: N802
+    async def Prefetch(
         self, request: residency_pb2.PrefetchRequest, context: Context
     ) -> residency_pb2.PrefetchResponse:
         self.prefetches.append(request)
@@ -222,6 +243,7 @@ class Running:
     channel: grpc.aio.Channel
     stop: asyncio.Event
     task: asyncio.Task[None]
+    connected: int
 
     @property
     def engine(self) -> FakeEngine:
@@ -238,18 +260,19 @@ class Running:
     @property
     def ready(self) -> bool:
         fleet = self.router.fleet
-        return len(fleet.engines) == len(self.engines) and self.router.cache.view.loaded
+        return len(fleet.engines) == self.connected and self.router.cache.view.loaded
 
 
 @asynccontextmanager
 async def running(
-    *adapters: adapter_pb2.Adapter, engines: list[FakeEngine] | None = None, **settings: Any
+    *adapters: adapter_pb2.Adapter, engines: list[FakeEngine] | None = None, connected: int = 0, **settings: Any
 ) -> AsyncIterator[Running]:
     """A router with its fakes, ready; all stopped on leaving."""
     fakes = [FakeEngine()] if engines is None else engines
     cache = FakeCache(*adapters)
-    for fake in (*fakes, cache):
+    for fake in fakes:
         await fake.start()
+    await cache.start()
     addresses = tuple(engine.address for engine in fakes)
     router = Router(Settings(listen="127.0.0.1:0", engines=addresses, cache=cache.address, **settings), "router-test")
     stop = asyncio.Event()
@@ -259,8 +282,10 @@ async def running(
 
     task = asyncio.create_task(router.run(stopped()))
     await until(lambda: task.done() or router.server.port > 0)
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{router.server.port}", options=[("grpc.use_local_subchannel_pool", 1)])
-    found = Running(router, fakes, cache, channel, stop, task)
+    channel = grpc.aio.insecure_channel(
+        f"127.0.0.1:{router.server.port}", options=[("grpc.use_local_subchannel_pool", 1)]
+    )
+    found = Running(router, fakes, cache, channel, stop, task, connected or len(fakes))
     try:
         await until(lambda: found.ready)
         await asyncio.sleep(0)
@@ -271,8 +296,9 @@ async def running(
             engine.stepping.set()
         stop.set()
         await asyncio.wait_for(task, 10)
-        for fake in (*fakes, cache):
+        for fake in fakes:
             await fake.stop()
+        await cache.stop()
 
 
 def request(text: str = "Hello", adapter_id: str = "", tokens: int = 5) -> generation_pb2.GenerateRequest:
