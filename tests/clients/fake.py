@@ -43,7 +43,7 @@ class Failure:
         for detail in details:
             packed.append(any_pb2.Any())
             packed[-1].Pack(detail)
-        code = int(self.code.value[0])  # type: ignore[index]
+        code = int(self.code.value[0])
         context.abort_with_status(
             rpc_status.to_status(status_pb2.Status(code=code, message=self.message, details=packed))
         )
@@ -130,7 +130,13 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
     ) -> Iterator[generation_pb2.StreamGenerateResponse]:
         failure = self._received(request, context)
         done = threading.Event()
-        context.add_callback(lambda: done.is_set() or self.cancelled.set())
+
+        def on_end() -> None:
+            if not done.is_set():
+                self.cancelled.set()
+
+        if not context.add_callback(on_end):
+            on_end()
         sent = 0
         while sent < len(ANSWER) or self.endless:
             if failure and sent == failure.after_deltas:
@@ -226,5 +232,6 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
         for name in sorted(self.adapters):
             yield adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT, adapter=self.adapters[name])
         yield adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT_END)
-        context.add_callback(self.cancelled.set)
-        self.cancelled.wait(30)
+        if context.add_callback(self.cancelled.set):
+            self.cancelled.wait(30)
+        self.cancelled.set()

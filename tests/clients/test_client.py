@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ def test_nan_is_for_the_server_to_refuse(client: Client, server: FakeServer) -> 
 def test_every_status_has_its_class(server: FakeServer, status: grpc.StatusCode) -> None:
     failure = Failure(status, "it is so", "SOME_REASON", {"field": "top_p", "limit": "1"}, retry_delay=0.25)
     with Client(server.address, retry=Retry(attempts=1)) as client:
-        for call in (lambda: client.generate("x"), lambda: list(client.stream("x"))):
+        calls: list[Callable[[], object]] = [lambda: client.generate("x"), lambda: list(client.stream("x"))]
+        for call in calls:
             server.failures = [failure]
             with pytest.raises(loraplex.LoraplexError) as caught:
                 call()

@@ -135,13 +135,15 @@ def register_request(
     request = adapter_pb2.RegisterAdapterRequest()
     _set(request, "adapter_id", adapter_id)
     _set(request, "source_uri", source if isinstance(source, str) else f"file://{Path(fspath(source)).absolute()}")
-    return _with(request, options, ("expected_digest", "pinned", "weight"))
+    _set_all(request, options, ("expected_digest", "pinned", "weight"))
+    return request
 
 
 def update_request(adapter_id: str, options: Mapping[str, Any]) -> adapter_pb2.UpdateAdapterRequest:
     request = adapter_pb2.UpdateAdapterRequest()
     _set(request, "adapter_id", adapter_id)
-    return _with(request, options, ("pinned", "weight"))
+    _set_all(request, options, ("pinned", "weight"))
+    return request
 
 
 def delete_request(adapter_id: str, force: bool) -> adapter_pb2.DeleteAdapterRequest:
@@ -217,11 +219,10 @@ def _chat_message(number: int, message: MessageLike) -> generation_pb2.ChatMessa
     return turn
 
 
-def _with(request: Any, options: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _set_all(request: Any, options: Mapping[str, Any], names: Sequence[str]) -> None:
     _no_more({name: value for name, value in options.items() if name not in names})
     for name, value in options.items():
         _set(request, name, value)
-    return request
 
 
 def _no_more(options: Mapping[str, Any]) -> None:

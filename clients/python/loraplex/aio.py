@@ -134,8 +134,10 @@ class AsyncStream(Generic[E]):
         self._caller = caller
         self._call = call
         self._attempts = caller.connection.attempts(call.options, stream=True)
-        self._started = self._over = False
+        self._started, self._over = False, True
+        self._loop = asyncio.get_running_loop()
         self._rpc = caller.start(call, self._attempts)
+        self._over = False
 
     def __aiter__(self) -> AsyncIterator[E]:
         return self
@@ -170,6 +172,11 @@ class AsyncStream(Generic[E]):
         """Cancels the call, if it still runs."""
         self._over = True
         self._rpc.cancel()
+
+    def __del__(self) -> None:
+        # The call keeps itself alive, so a loop that is broken out of has to end it here.
+        if not self._over and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._rpc.cancel)
 
     async def __aenter__(self) -> Self:
         return self
