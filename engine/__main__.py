@@ -42,13 +42,17 @@ async def main() -> None:
     server, servicer = Server(), EngineServicer()
     engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
     await server.start(settings.listen, [SERVICE])
-    stop = asyncio.create_task(stop_requested())
-    loading = asyncio.create_task(asyncio.to_thread(load_base, settings))
-    await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
-    if stop.done():
-        # A load cannot be interrupted; nothing is lost by leaving it.
-        os._exit(0)
-    await _serve(settings, engine_id, loading.result(), server, servicer, stop)
+    try:
+        stop = asyncio.create_task(stop_requested())
+        loading = asyncio.create_task(asyncio.to_thread(load_base, settings))
+        await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            # A load cannot be interrupted; nothing is lost by leaving it.
+            os._exit(0)
+        await _serve(settings, engine_id, loading.result(), server, servicer, stop)
+    finally:
+        # Also when the base cannot be loaded: a server that still runs would keep the process alive.
+        await server.drain(1.0)
 
 
 async def _serve(
@@ -75,7 +79,6 @@ async def _serve(
     _log.info("stopping; running sequences get %d s to finish", settings.drain_seconds)
     await server.set_serving(False)
     await servicer.drain(settings.drain_seconds)
-    await server.drain(1.0)
     if attached:
         attached.cancel()
     loop.stop()

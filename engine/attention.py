@@ -63,7 +63,8 @@ def paged_attention(
 
     Raises UnsupportedAttention for what this attention does not compute, rather than compute something else.
     """
-    if paged is None or attention_mask is not None or kwargs.get("is_causal") is False:
+    is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+    if paged is None or attention_mask is not None or not is_causal:
         raise UnsupportedAttention("its attention is not causal self-attention over the step's tokens")
     softcap, window = kwargs.pop("softcap", None), kwargs.pop("sliding_window", None)
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in NEUTRAL)

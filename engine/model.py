@@ -115,14 +115,23 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         config = AutoConfig.from_pretrained(folder)
         if getattr(config, "is_encoder_decoder", False):
             raise StartupError(f"{folder.name} is an encoder-decoder model; only decoder-only models are served")
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="eager", use_safetensors=True
+        # transformers annotates one result; with the report there are two.
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, report = load(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise StartupError(f"cannot load the model {folder}: {reason}") from None
-    loaded: Any = model
-    return loaded.to(device).eval().requires_grad_(False)
+    if report["missing_keys"]:
+        # transformers makes up what is missing; such a model would answer nonsense.
+        raise StartupError(f"{folder} lacks weights of a {type(model).__name__}: {min(report['missing_keys'])}")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _probe(model: Any) -> dict[int, LayerShape]:
@@ -159,7 +168,7 @@ def _check(model: Any, runner: Runner, dtype: torch.dtype) -> None:
         difference = float((runner.run(batch, [])[0] - expected[stop - 1]).abs().max())
         sequence.computed = stop
         # Not written as "difference > limit": that would let NaN pass.
-        if not difference <= TOLERANCE[dtype] * max(1.0, largest):
+        if not difference <= TOLERANCE[dtype] * largest:
             raise _refusal(model, f"its logits differ by {difference:.2g} from those of transformers' own attention")
 
 

@@ -97,7 +97,7 @@ def test_what_can_be_drawn_is_what_transformers_would_keep(options: dict[str, An
             MinPLogitsWarper(options["min_p"]),
         ]
     )
-    kept = torch.isfinite(warpers(torch.tensor([tokens]), values.clone()))[0]
+    kept = torch.isfinite(warpers(torch.LongTensor([tokens]), torch.FloatTensor(values.clone())))[0]
     for seed in range(40):
         drawn = token(sample(values.clone(), [row(tokens, 3, **(options | {"seed": seed}))])[0])
         assert kept[drawn]

@@ -129,7 +129,7 @@ def test_a_long_prompt_shares_its_steps_with_decode() -> None:
     finish_step(scheduler, scheduler.schedule())
     # When a prompt of several steps comes
     scheduler.add(make(2, 100))
-    counts = []
+    counts: list[int] = []
     while not counts or counts[-1] == 15:
         step = scheduler.schedule()
         # Then the other has its token in each of them

@@ -49,6 +49,9 @@ class FakeCache(residency_pb2_grpc.ResidencyServiceServicer):
             yield order
         listening.cancel()
 
+    async def Prefetch(self, request: Any, context: Any) -> cache.PrefetchResponse:
+        return cache.PrefetchResponse()
+
     async def _listen(self, requests: Any) -> None:
         async for request in requests:
             async with self.changed:
