@@ -87,9 +87,12 @@ class Manager:
         """Ends the engines' streams and everything under way."""
         for engine in self.engines.values():
             engine.commands.put_nowait(None)
-        for task in [*self._tasks, *self._jobs.values()]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._jobs.values(), return_exceptions=True)
+        pending: set[asyncio.Task[None]] = {*self._tasks, *self._jobs.values()}
+        while pending:
+            # More than once: a Redis read that times out just then answers a cancellation with its timeout.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.2)
         await self.registry.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
