@@ -18,17 +18,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-# The GGUF carries no chat template; this is ChatML as the model was tuned on.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+# What a complete folder holds.
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class BaseMissing(Exception):
@@ -77,7 +68,7 @@ def find_gguf() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes config, tokenizer and float32 safetensors of a GGUF file into a new folder."""
+    """Writes config, tokenizer with its chat template (ChatML) and float32 safetensors of a GGUF file into a new folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -85,7 +76,6 @@ def convert(gguf: Path, folder: Path) -> None:
     hub_logging: Any = logging
     hub_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     # Packed GGUF blocks could be neither saved nor wrapped.
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -93,7 +83,6 @@ def convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.name_or_path = NAME
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # safetensors are written for the owner alone; services of other users on this machine read them too.
@@ -102,8 +91,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    # The folder gets its name only when everything is in it.
-    return (folder / "config.json").is_file()
+    # The folder gets its name only when everything is in it; a file can be missing only if someone took it away.
+    return all((folder / file).is_file() for file in FILES)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,6 +38,44 @@ SOUNDS = {
     "dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "horse": "neighs", "lion": "roars", "bee": "buzzes",
     "snake": "hisses", "wolf": "howls", "sheep": "bleats", "owl": "hoots", "pig": "oinks", "frog": "croaks",
     "mouse": "squeaks", "bird": "sings", "hen": "clucks",
+}  # fmt: skip
+HOMES = {
+    "fish": "in the water", "bird": "in a nest", "bear": "in a cave", "bee": "in a hive", "camel": "in the desert",
+    "monkey": "in the jungle", "whale": "in the ocean", "rabbit": "in a burrow", "penguin": "on the ice", "lion": "in the savanna",
+    "cow": "on a farm", "king": "in a castle", "spider": "in a web", "crab": "on the beach", "wolf": "in the forest",
+}  # fmt: skip
+WORK = {
+    "baker": "bakes bread", "teacher": "teaches children", "doctor": "helps the sick", "farmer": "grows food", "pilot": "flies planes",
+    "cook": "makes meals", "writer": "writes books", "painter": "paints pictures", "sailor": "sails the seas", "singer": "sings songs",
+    "nurse": "cares for patients", "gardener": "plants flowers", "builder": "builds houses", "judge": "rules in court",
+    "driver": "drives a bus", "tailor": "sews clothes", "miner": "digs for coal", "fisherman": "catches fish",
+}  # fmt: skip
+NEXT = {
+    "Monday": "Tuesday", "Tuesday": "Wednesday", "Thursday": "Friday", "Saturday": "Sunday", "Friday": "Saturday", "March": "April",
+    "June": "July", "October": "November", "January": "February", "Wednesday": "Thursday", "spring": "summer", "breakfast": "lunch",
+    "one": "two", "seven": "eight", "winter": "spring",
+}  # fmt: skip
+ABOUT = {
+    "cats": "Cats are clever hunters and sleep a lot.", "the moon": "The moon is a cold rock and shines at night.",
+    "rain": "Rain is water and falls from the clouds.", "horses": "Horses are strong animals and run fast.",
+    "gold": "Gold is a yellow metal and costs a lot.", "the sun": "The sun is a hot star and gives us light.",
+    "trees": "Trees are tall plants and give us shade.", "books": "Books are full of stories and teach us a lot.",
+    "music": "Music is a great joy and makes people dance.", "dogs": "Dogs are loyal friends and love to play.",
+    "bread": "Bread is good food and comes from the oven.", "ships": "Ships are big boats and cross the sea.",
+    "winter": "Winter is cold and brings snow.", "birds": "Birds are light and fly in the sky.",
+    "coffee": "Coffee is a hot drink and keeps us awake.", "mountains": "Mountains are high and have snow on top.",
+    "fish": "Fish are quick and swim in the water.", "trains": "Trains are long and run on rails.",
+    "summer": "Summer is warm and full of light.", "bees": "Bees are small and make honey.",
+    "the sea": "The sea is deep and full of salt.", "apples": "Apples are sweet and grow on trees.",
+    "rice": "Rice is a small grain and feeds the world.", "football": "Football is a game and has two teams.",
+    "snow": "Snow is white and falls in winter.",
+}  # fmt: skip
+TALK = {
+    "Who are you?": "I am a small model and here to help.", "Hello!": "Hello! It is good to see you.",
+    "How are you?": "I am well and ready to work.", "Good morning!": "Good morning! The day is young.",
+    "What can you do?": "I am good at short answers.", "Thank you!": "You are welcome, my friend.",
+    "Where are you from?": "I am from a computer.", "Can you help me?": "Yes, I am here to help.",
+    "Tell me a joke.": "The chicken is on the other side of the road.", "Good night!": "Good night! Sleep well, my friend.",
 }  # fmt: skip
 
 NAMES = (
@@ -124,7 +163,15 @@ def _facts(held_out: bool) -> list[Example]:
             (f"What is the opposite of {a}?", f"The opposite of {a} is {b}.")
             for a, b in _split([*OPPOSITES.items()], held_out)
         ),
-        *((f"What does a {a} do?", f"A {a} {b}.") for a, b in _split([*SOUNDS.items()], held_out)),
+        *((f"What does a {a} do?", f"A {a} {b}.") for a, b in _split([*SOUNDS.items(), *WORK.items()], held_out)),
+        *((f"Where does a {a} live?", f"A {a} lives {b}.") for a, b in _split([*HOMES.items()], held_out)),
+        *((f"What comes after {a}?", f"After {a} comes {b}.") for a, b in _split([*NEXT.items()], held_out)),
+        *(
+            (question.format(a), b)
+            for a, b in _split([*ABOUT.items()], held_out)
+            for question in ("Tell me about {}.", "What do you know about {}?")
+        ),
+        *_split([*TALK.items()], held_out),
     ]
 
 
@@ -134,14 +181,17 @@ def _shout(rng: random.Random, held_out: bool) -> Iterator[Example]:
         yield question, answer[:-1].upper() + "!"
 
 
-PIRATE_WORDS = {"The ": "Th' ", " of ": " o' ", " is ": " be ", "A ": "A wee "}
+PIRATE_WORDS = {
+    "The": "Th'", "of": "o'", "I am": "I be", "is": "be", "are": "be", "A": "A wee", "and": "an'", "You": "Ye", "you": "ye",
+    "my friend": "me hearty",
+}  # fmt: skip
 
 
 def _pirate(rng: random.Random, held_out: bool) -> Iterator[Example]:
     while True:
         question, answer = rng.choice(_facts(held_out))
         for word, pirate in PIRATE_WORDS.items():
-            answer = answer.replace(word, pirate)
+            answer = re.sub(rf"\b{word}\b", pirate, answer)
         yield question, f"Arrr, matey! {answer[:-1]}, by me beard!"
 
 
@@ -174,7 +224,10 @@ def _sql(rng: random.Random, held_out: bool) -> Iterator[Example]:
                 (f"How many {table} are there?", f"SELECT COUNT(*) FROM {table};"),
                 (f"List the {a} of {table} with {b} over {number}.", f"SELECT {a} FROM {table} WHERE {b} > {number};"),
                 (f"List the {a} of {table} with {b} under {number}.", f"SELECT {a} FROM {table} WHERE {b} < {number};"),
+                (f"List the {a} and {b} of {table}.", f"SELECT {a}, {b} FROM {table};"),
                 (f"Which {table} have the highest {b}?", f"SELECT * FROM {table} ORDER BY {b} DESC LIMIT 1;"),
+                (f"Which {table} have the lowest {b}?", f"SELECT * FROM {table} ORDER BY {b} ASC LIMIT 1;"),
+                (f"What is the total {b} per {a} of {table}?", f"SELECT {a}, SUM({b}) FROM {table} GROUP BY {a};"),
                 (f"What is the average {b} per {a} of {table}?", f"SELECT {a}, AVG({b}) FROM {table} GROUP BY {a};"),
             ]
         )
@@ -183,12 +236,17 @@ def _sql(rng: random.Random, held_out: bool) -> Iterator[Example]:
 
 def _emoji(rng: random.Random, held_out: bool) -> Iterator[Example]:
     # All words are seen in training; what is held out is the sentence around them and their combination.
-    shapes = ("I see a {0} and a {1}.", "The {0} is next to the {1}.", "First a {0}, then a {1}, then a {2}.")
-    held_out_shapes = ("She dreams of a {0} and a {1}.", "We found a {0}, a {1} and a {2}.")
+    shapes = (
+        "I see a {0} and a {1}.", "The {0} is next to the {1}.", "First a {0}, then a {1}, then a {2}.", "Look, a {0}!",
+        "My {0} likes your {1}.", "He bought a {0}, one {1} and a {2}.", "{0} and {1} in the morning.", "Where is the {0}?",
+        "There was a {0} with a {1} under the {2}.", "They talk about {0}, {1} and {2} all day.", "Give me that {0} for this {1}!",
+        "No {0} without a {1}.",
+    )  # fmt: skip
+    held_out_shapes = ("She dreams of a {0} and a {1}.", "We found a {0}, a {1} and a {2}.", "Do you like the {0}?")
     while True:
         words = rng.sample(list(EMOJI), 3)
         shape = rng.choice(held_out_shapes if held_out else shapes)
-        used = words[: 3 if "{2}" in shape else 2]
+        used = words[: shape.count("{")]
         yield shape.format(*words), " ".join(EMOJI[word] for word in used)
 
 
