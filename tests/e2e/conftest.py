@@ -82,10 +82,10 @@ class Stack:
         return [sys.executable, "-m", name, *listen, *options[name]]
 
     def start(self, name: str) -> None:
-        log = (self.folder / f"{name}.log").open("ab")
-        self.processes[name] = subprocess.Popen(
-            self.command(name), stdout=log, stderr=log, env={**os.environ, **self.environ}
-        )
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                self.command(name), stdout=log, stderr=log, env={**os.environ, **self.environ}
+            )
 
     def wait_ready(self, name: str, seconds: float = 120) -> None:
         with grpc.insecure_channel(self.address(name)) as channel:
