@@ -71,7 +71,7 @@ def adapter(adapter_id: str, **changes: Any) -> adapter_pb2.Adapter:
 
 class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc.AdapterServiceServicer):
     """Attributes:
-    failures: taken one per call, first to last.
+    failures: taken one per call but GetModelInfo, first to last.
     requests, metadata: what was received.
     endless: streams repeat their answer until they are cancelled.
     cancelled: set when a call ended before it was through.
@@ -160,7 +160,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
     def GetModelInfo(
         self, request: generation_pb2.GetModelInfoRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GetModelInfoResponse:
-        self._received(request, context)
+        self.metadata.append(dict(context.invocation_metadata()))
         return generation_pb2.GetModelInfoResponse(
             base_model="tiny",
             context_length=128,

@@ -204,7 +204,8 @@ def test_a_status_of_the_transport_has_no_reason() -> None:
 
 def test_a_call_that_is_not_answered_is_made_again(server: FakeServer) -> None:
     with Client(server.address, retry=QUICK) as client:
-        for call in (lambda: client.generate("x").text, lambda: client.stream("x").read().text):
+        calls: list[Callable[[], str]] = [lambda: client.generate("x").text, lambda: client.stream("x").read().text]
+        for call in calls:
             server.requests.clear()
             server.failures = [Failure(UNAVAILABLE, reason="NO_ENGINE")] * 2
             assert call() == TEXT
