@@ -8,16 +8,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from launcher import checks
+from launcher import checks, demo_adapters
 from launcher.errors import LauncherError
 from launcher.layout import Layout, open_layout
 from launcher.options import Options, parse_options
 from launcher.plan import Service, plan_services, public_address
 from launcher.progress import Progress
 from launcher.supervisor import Supervisor
-from loraplex import AsyncClient, LoraplexError, NotFound
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -66,20 +64,13 @@ def prepare(options: Options, progress: Progress) -> Prepared:
         if not model:
             model = str(checks.demo_base(progress.line))
         if demo:
-            options = replace(options, adapter_roots=(*options.adapter_roots, str(demo_adapter_root())))
+            options = replace(options, adapter_roots=(*options.adapter_roots, str(demo_adapters.root())))
         services = plan_services(options, layout, checks.machine(os.environ), model, binary)
     except BaseException:
         layout.close()
         raise
     progress.line(f"base {model}, data in {layout.data_dir}")
     return Prepared(services, layout, public_address(options.host, options.port), demo)
-
-
-def demo_adapter_root() -> Path:
-    """Folder of the demo adapters."""
-    from demo.catalog import ADAPTERS
-
-    return ADAPTERS
 
 
 async def _serve(prepared: Prepared, progress: Progress) -> None:
@@ -100,31 +91,9 @@ async def _serve(prepared: Prepared, progress: Progress) -> None:
 async def _announce(supervisor: Supervisor, prepared: Prepared, progress: Progress) -> None:
     await supervisor.ready.wait()
     if prepared.demo:
-        await register_demo_adapters(prepared.address, progress)
+        outcome = await demo_adapters.register(prepared.address)
+        for problem in outcome.problems:
+            progress.line(problem)
+        if outcome.registered:
+            progress.line(f"{'adapters':10} {', '.join(outcome.registered)}")
     progress.line(f"serving on {prepared.address}; Ctrl-C stops")
-
-
-async def register_demo_adapters(address: str, progress: Progress) -> None:
-    """Registers what is not registered yet; an adapter of the user's under the same id stays."""
-    from demo.catalog import load_catalog
-
-    names = []
-    async with AsyncClient(address, timeout=60) as client:
-        for entry in load_catalog().adapters:
-            source = f"file://{entry.folder}"
-            try:
-                if await _is_free(client, entry.id, source):
-                    await client.adapters.register(entry.id, source)
-                    names.append(entry.id)
-                else:
-                    progress.line(f"the id {entry.id} has an adapter of yours; the demo's is left out")
-            except LoraplexError as error:
-                progress.line(f"the demo adapter {entry.id} cannot be registered: {error}")
-    progress.line(f"{'adapters':10} {len(names)} ready: {', '.join(names)}")
-
-
-async def _is_free(client: AsyncClient, adapter_id: str, source: str) -> bool:
-    try:
-        return (await client.adapters.get(adapter_id)).source_uri == source
-    except NotFound:
-        return True
