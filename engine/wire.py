@@ -46,7 +46,7 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
         raise NotImplementedYet("constraint")
     if request.output.prompt_logprobs:
         raise NotImplementedYet("output.prompt_logprobs")
-    _check_ids("prompt", prompt, base.vocab_size)
+    _check_ids("token_ids", prompt, base.vocab_size)
     limit = _output_limit(len(prompt), request.stopping, base.context_length)
     return Request(
         sequence_id=submit.sequence_id,

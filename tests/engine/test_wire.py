@@ -299,8 +299,8 @@ async def test_a_cancelled_sequence_says_nothing_more(stack: Stack, how: str) ->
 WRONG: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ({"token_ids": public.TokenIds()}, "EMPTY_PROMPT", {"field": "prompt"}),
     ({"text": ""}, "EMPTY_PROMPT", {"field": "prompt"}),
-    ({"token_ids": public.TokenIds(ids=[5, 384])}, "INVALID_FIELD", {"field": "prompt", "limit": "384"}),
-    ({"token_ids": public.TokenIds(ids=[5, -1])}, "INVALID_FIELD", {"field": "prompt", "limit": "384"}),
+    ({"token_ids": public.TokenIds(ids=[5, 384])}, "INVALID_FIELD", {"field": "token_ids", "limit": "384"}),
+    ({"token_ids": public.TokenIds(ids=[5, -1])}, "INVALID_FIELD", {"field": "token_ids", "limit": "384"}),
     ({"token_ids": public.TokenIds(ids=[5] * 256)}, "CONTEXT_EXCEEDED", {"field": "prompt", "limit": "256"}),
     (
         {"stopping": public.StoppingParams(max_output_tokens=252)},
