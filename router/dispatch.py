@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from router.placement import Places, choose
 from router.request import Request, State
 from servicekit.errors import Code, RemoteError, ServiceError
 from servicekit.tracing import context_of, end_span, start_span, traceparent_of
-
-_log = logging.getLogger(__name__)
 
 # How long requests wait for an engine to come back when none is connected.
 GRACE = 2.0

@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 # Prompts are text: 16 MiB holds any context, and bounds what a stranger can make us allocate.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+# RPCs that have arrived and that Python has not seen yet. From 1000 on, gRPC's default is to end some of them at random
+# with a bare CANCELLED; in a burst it is our own limits that should speak, with a reason and a retry delay.
+MAX_PENDING_RPCS = 65536
 
 
 class Server:
@@ -40,6 +43,8 @@ class Server:
             interceptors=[*interceptors, ErrorInterceptor()],
             options=[
                 ("grpc.so_reuseport", 0),
+                ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),

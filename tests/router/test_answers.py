@@ -11,9 +11,13 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from loraplex.engine.v1 import engine_pb2
 from loraplex.v1 import adapter_pb2, generation_pb2
+from servicekit import tracing
 from tests.router.fakes import FakeEngine, Running, adapter, request, running, until
 
 
@@ -244,6 +248,42 @@ async def test_many_clients_at_once_are_all_answered_within_the_engines_places()
         assert [len(answer.token_ids) for answer in answers] == [1 + n % 7 for n in range(400)]
         assert most <= 16 and not r.engine.running
         assert r.router.dispatcher.queued == 0
+
+
+async def test_a_burst_is_queued_or_refused_with_a_reason() -> None:
+    # Given more requests at once than gRPC by itself would hold for a server
+    async with running(engines=[FakeEngine(max_sequences=64)], max_queued_requests=500) as r:
+        calls = [r.generation.Generate(request(tokens=1), timeout=30) for _ in range(2000)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    answered = [one for one in results if isinstance(one, generation_pb2.GenerateResponse)]
+    refused = [details(one)[0].reason for one in results if isinstance(one, grpc.aio.AioRpcError)]
+    assert len(answered) >= 500 and len(answered) + len(refused) == 2000
+    assert set(refused) <= {"QUEUE_FULL"}
+
+
+async def test_spans_lie_below_the_callers_and_say_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "tracer", lambda: provider.get_tracer("test"))
+    caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with running(adapter("a")) as r:
+        await r.generation.Generate(request("x", "a"), metadata=(("traceparent", caller),), timeout=5)
+        await until(lambda: len(exporter.get_finished_spans()) == 3)
+        r.engine.fails["bad"] = engine_pb2.SequenceFailed(code=3, reason="BAD", message="bad")
+        await failure(r.generation.Generate(request("bad"), timeout=5))
+        await until(lambda: len(exporter.get_finished_spans()) == 6)
+    spans = {span.name: span for span in exporter.get_finished_spans()[:3]}
+    receive, queue, dispatch = spans["loraplex.receive"], spans["queue"], spans["dispatch"]
+    assert receive.parent and f"{receive.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert queue.parent and dispatch.parent and receive.context and dispatch.context
+    assert queue.parent.span_id == dispatch.parent.span_id == receive.context.span_id
+    assert f"{dispatch.context.span_id:016x}" in r.engine.submitted[0].traceparent
+    assert queue.context and f"{queue.context.span_id:016x}" in r.cache.prefetches[0].traceparent
+    attributes = dict(receive.attributes or {})
+    assert attributes["gen_ai.operation.name"] == "text_completion"
+    assert attributes["gen_ai.usage.output_tokens"] == attributes["gen_ai.request.max_tokens"] == 5
+    assert (attributes["loraplex.adapter_id"], attributes["loraplex.adapter_tier"]) == ("a", "disk")
+    assert all(not span.status.is_ok for span in exporter.get_finished_spans()[-2:])
 
 
 async def test_tokenize_and_model_info_come_from_the_engine() -> None:
