@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from dataclasses import dataclass
@@ -76,11 +77,16 @@ def open_layout(data_dir: Path) -> Layout:
     except OSError as error:
         raise CannotStart(f"the data folder {data_dir} cannot be used: {error.strerror}") from None
     _take(lock, data_dir)
-    runtime = resolved / "run"
-    own_runtime = not _holds_sockets(runtime)
-    if own_runtime:
-        runtime = Path(tempfile.mkdtemp(prefix="loraplex-", dir="/tmp"))
-    return Layout(resolved, lock, runtime, own_runtime, _host_tier(resolved))
+    try:
+        host_tier = _make_private(host_tier_of(resolved))
+        runtime = resolved / "run"
+        own_runtime = not _holds_sockets(runtime)
+        if own_runtime:
+            runtime = Path(tempfile.mkdtemp(prefix="loraplex-", dir="/tmp"))
+    except BaseException:
+        os.close(lock)
+        raise
+    return Layout(resolved, lock, runtime, own_runtime, host_tier)
 
 
 def _take(lock: int, data_dir: Path) -> None:
@@ -130,10 +136,22 @@ def _holds_sockets(folder: Path) -> bool:
     return True
 
 
-def _host_tier(data_dir: Path) -> Path:
+def host_tier_of(data_dir: Path) -> Path:
     """A folder in shared memory that a second start on the same data finds again."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         return data_dir / "host"
     name = hashlib.sha256(f"{os.getuid()}:{data_dir}".encode()).hexdigest()[:12]
     return shared / f"loraplex-{name}"
+
+
+def _make_private(folder: Path) -> Path:
+    """Makes a folder for this user alone: everyone may write to shared memory, and what lies here goes into the model."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise CannotStart(f"the host tier {folder} cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise CannotStart(f"the host tier {folder} is not a folder that only this user can write to")
+    return folder

@@ -81,11 +81,14 @@ async def _serve(prepared: Prepared, progress: Progress) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, supervisor.stop)
     announcing = asyncio.create_task(_announce(supervisor, prepared, progress))
+    announcing.add_done_callback(lambda done: supervisor.stop() if not done.cancelled() and done.exception() else None)
     try:
         await supervisor.run()
     finally:
         announcing.cancel()
-        await asyncio.gather(announcing, return_exceptions=True)
+        outcome = await asyncio.gather(announcing, return_exceptions=True)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
 
 
 async def _announce(supervisor: Supervisor, prepared: Prepared, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.layout import open_layout
+from launcher.layout import host_tier_of, open_layout
 from loraplex import Client, NotFound
 from tests.engine.tiny import make_adapter, make_model
 
@@ -97,6 +97,14 @@ def test_a_long_data_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
     long.close()
     odd.close()
     assert not any(runtime.exists() for runtime in runtimes)
+
+
+def test_a_host_tier_that_others_could_write_to(tmp_path: Path, model: Path) -> None:
+    data = tmp_path / "data"
+    open_layout(data).close()
+    host_tier_of(data.resolve()).chmod(0o777)
+    code, err = refused("--port", "0", "--model", str(model), "--data-dir", str(data))
+    assert code == 1 and "is not a folder that only this user can write to" in err
 
 
 @contextmanager
