@@ -136,7 +136,7 @@ def make_adapter(base: Path, out: Path, name: str, rank: int, targets: list[str]
 
 
 def pack(folder: Path, digest: str, out: Path) -> Path:
-    """Packs a PEFT folder: names as in the base, scaling folded into B."""
+    """Packs a PEFT folder: names as in the base, float32, scaling folded into B."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -145,6 +145,7 @@ def pack(folder: Path, digest: str, out: Path) -> Path:
     tensors = {}
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        tensor = tensor.float()
         tensors[f"{module}.{half}"] = (tensor * scaling if half == "B" else tensor).contiguous()
     return write_artifact(out / f"{digest}.float32.safetensors", tensors, digest, rank)
 
