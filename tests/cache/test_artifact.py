@@ -39,7 +39,6 @@ def test_a_packed_delta_is_the_scaled_product() -> None:
     assert artifact.rank == 4 and artifact.target_modules == ("q_proj", "up_proj")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_rslora_and_patterns_scale_as_peft_does(tmp_path: Path) -> None:
     # Given an adapter made by PEFT with rsLoRA, ranks and alphas by pattern
     torch.manual_seed(0)
