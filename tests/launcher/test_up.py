@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,9 +125,8 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
-def stopped(process: subprocess.Popen[str]) -> list[str]:
-    """Ends a stack with SIGTERM; returns its last lines."""
-    process.send_signal(signal.SIGTERM)
+def ended(process: subprocess.Popen[str]) -> list[str]:
+    """Waits for the good end of a stack; returns the names of what it says has stopped."""
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     return [line.split("s  ", 1)[1].split()[0] for line in out.splitlines()]
@@ -147,13 +147,23 @@ def test_up_serves_drains_and_finds_its_adapters_again(tmp_path: Path) -> None:
             assert before.adapter_digest == digest
             with pytest.raises(NotFound):
                 client.generate("x", adapter="pirate")
-        # And SIGTERM stops it in order
-        assert stopped(process) == ["router", "engine-0", "cache", "store"]
+            # And SIGTERM lets a running stream end, and stops everything in order
+            stream = client.stream("The", max_output_tokens=200, ignore_eos=True)
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            assert stream.read().usage.output_tokens == 200
+        assert ended(process) == ["router", "engine-0", "cache", "store"]
     assert not list((tmp_path / "data").rglob("*.sock"))
 
-    # Then a second start finds the adapter, which answers as before
-    with serving(*common) as (process, address), Client(address, timeout=60) as client:
+    # Then a second start, with two engines, finds the adapter, which answers as before
+    with serving(*common, "--engines", "2") as (process, address), Client(address, timeout=60) as client:
+        # A router serves as soon as it has one engine; the other follows
+        deadline = time.monotonic() + 10
+        while client.model_info().engine_ids != ("engine-0", "engine-1"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert [found.adapter_id for found in client.adapters.list()] == ["eight"]
         after = client.generate("The quick", adapter="eight", max_output_tokens=8, ignore_eos=True)
         assert (after.token_ids, after.adapter_digest) == (before.token_ids, digest)
-        stopped(process)
+        process.send_signal(signal.SIGTERM)
+        assert set(ended(process)) == {"router", "engine-0", "engine-1", "cache", "store"}
