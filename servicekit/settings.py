@@ -36,9 +36,7 @@ def variable(service: str, name: str) -> str:
 
 def read_settings(cls: type[T], service: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
     """Builds the settings; raises StartupError naming the flag or the variable when its value is malformed."""
-    parser = _Parser(
-        prog=f"python -m {service}", description=(cls.__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = _Parser(prog=f"python -m {service}", description=(cls.__doc__ or "").split("\n")[0], allow_abbrev=False)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = variable(service, field.name)
         flag = "--" + field.name.replace("_", "-")
