@@ -53,8 +53,10 @@ def test_rslora_and_patterns_scale_as_peft_does(tmp_path: Path) -> None:
     peft: Any = get_peft_model(model, config)
     peft.save_pretrained(tmp_path)
     # When it is packed
-    raw = [(tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
-    packed = load(build_artifact(AdapterFiles(*raw), BASE).packed)
+    config_bytes, weights = (
+        (tmp_path / f"adapter_{name}").read_bytes() for name in ("config.json", "model.safetensors")
+    )
+    packed = load(build_artifact(AdapterFiles(config_bytes, weights), BASE).packed)
     # Then every delta is PEFT's
     for module in BASE.modules:
         expected = peft.base_model.model.get_submodule(module).get_delta_weight("default").detach().numpy()
@@ -173,7 +175,7 @@ def test_a_header_that_lies_is_refused() -> None:
             build_artifact(dataclasses.replace(files(), weights=header + b"x" * 64), BASE)
 
 
-UNSERVED = {
+UNSERVED: dict[str, Any] = {
     "peft_type": "IA3", "bias": "all", "init_lora_weights": "pissa_niter_4", "use_dora": True, "lora_bias": True,
     "modules_to_save": ["lm_head"], "target_parameters": ["experts.weight"], "trainable_token_indices": [1],
     "layer_replication": [[0, 1]], "alora_invocation_tokens": [5], "arrow_config": {"top_k": 1}, "use_qalora": True,

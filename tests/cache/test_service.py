@@ -220,7 +220,7 @@ async def test_deletion_waits_for_running_sequences_unless_forced(cache: Cache, 
 
 async def test_watchers_see_a_snapshot_and_then_every_change(cache: Cache, engine: FakeEngine) -> None:
     await register(cache)
-    call = cache.adapters.WatchAdapters(pb.WatchAdaptersRequest())
+    call: Any = cache.adapters.WatchAdapters(pb.WatchAdaptersRequest())
     kinds = pb.AdapterEvent
     assert (await call.read()).kind == kinds.KIND_SNAPSHOT
     assert (await call.read()).kind == kinds.KIND_SNAPSHOT_END
