@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from cache.adapters import Adapters
 from cache.config import Settings
 from cache.errors import RegistryUnreachable
 from cache.manager import Manager
@@ -30,7 +31,7 @@ from servicekit.tracing import setup_tracing
 _log = logging.getLogger("cache")
 
 MIB = 1024 * 1024
-REDIS_PATIENCE_SECONDS = 10.0
+REDIS_PATIENCE_SECONDS = 5.0
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     residency_pb2.DESCRIPTOR.services_by_name["ResidencyService"].full_name,
@@ -51,20 +52,24 @@ async def main() -> None:
         FileTier("host", settings.host_tier_folder(node_id), settings.host_mib * MIB),
         node_id,
     )
+    adapters = Adapters(manager)
     server = Server()
-    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager), server.grpc)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
     serve_metrics(settings.metrics_listen)
-    await _start(manager)
-    await server.start(settings.listen, SERVICES)
-    await server.set_serving(True)
-    _log.info("serving on %s, node %s, %d adapters", settings.listen, node_id, len(manager.records))
-    await stop_requested()
-    _log.info("stopping")
-    await server.set_serving(False)
-    await manager.stop()
-    await server.drain(1.0)
-    lock.close()
+    try:
+        await _start(manager)
+        adapters.resume()
+        await server.start(settings.listen, SERVICES)
+        await server.set_serving(True)
+        _log.info("serving on %s, node %s, %d adapters", settings.listen, node_id, len(manager.view.records))
+        await stop_requested()
+        _log.info("stopping")
+        await server.set_serving(False)
+    finally:
+        await manager.stop()
+        await server.drain(1.0)
+        lock.close()
 
 
 async def _start(manager: Manager) -> None:
@@ -74,7 +79,7 @@ async def _start(manager: Manager) -> None:
             return await manager.start()
         except RegistryUnreachable:
             if time.monotonic() > deadline:
-                raise StartupError(f"Redis at {manager.registry.url} does not answer") from None
+                raise StartupError(f"Redis at {manager.link.registry.url} does not answer") from None
             await asyncio.sleep(0.2)
 
 

@@ -20,13 +20,16 @@ import safetensors
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
-from cache.errors import MalformedAdapter, UnsupportedAdapter
+from cache.errors import MalformedAdapter, RankTooLarge, UnsupportedAdapter, shown
 from cache.peft_config import PeftConfig, parse_peft_config
 
 FORMAT = "loraplex-artifact-1"
 WEIGHTS = "adapter_model.safetensors"
 SOURCE_DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 TARGET_DTYPES: Mapping[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+# Above what anything here has, below what numpy refuses.
+MAX_DIMENSIONS = 16
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
@@ -87,11 +90,16 @@ def build_artifact(files: AdapterFiles, base: BaseDescription) -> Artifact:
     config = parse_peft_config(files.config)
     tensors = _read_tensors(files.weights)
     pairs = _pair_up(tensors)
+    if not any(config.claims(module) for module in pairs):
+        claimed = shown(", ".join(config.targets))
+        message = f"none of its tensors is of a module that adapter_config.json names ({claimed})"
+        raise MalformedAdapter(WEIGHTS, message, "NO_MATCHING_MODULES", target_modules=claimed)
     for module, (a, b) in pairs.items():
         _check_module(module, a, b, config, base)
     packed: dict[str, Array] = {}
     for module, (a, b) in pairs.items():
-        scaled = b.astype(np.float32) * np.float32(config.scaling_of(module))
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = b.astype(np.float32) * np.float32(config.scaling_of(module))
         packed[f"{module}.A"] = _cast(a, base.dtype, module, "A")
         packed[f"{module}.B"] = _cast(scaled, base.dtype, module, "B")
     digest = _digest(tensors, config, files.chat_template, base.digest)
@@ -109,23 +117,27 @@ def build_artifact(files: AdapterFiles, base: BaseDescription) -> Artifact:
 def _read_tensors(raw: bytes) -> dict[str, Array]:
     try:
         entries = deserialize(raw)
-    except SafetensorError as error:
-        message = f"is not a well-formed safetensors file ({error})"
+    except (SafetensorError, ValueError, OverflowError) as error:
+        message = f"is not a well-formed safetensors file ({shown(error)})"
         raise MalformedAdapter(WEIGHTS, message, "MALFORMED_SAFETENSORS") from None
-    tensors: dict[str, Array] = {}
-    for name, entry in entries:
-        if entry["dtype"] not in SOURCE_DTYPES:
-            raise UnsupportedAdapter(
-                f"{WEIGHTS}: tensor {name} has type {entry['dtype']}, served are {', '.join(SOURCE_DTYPES)}",
-                "UNSUPPORTED_DTYPE",
-                tensor=name,
-                dtype=entry["dtype"],
-            )
-        flat = np.frombuffer(entry["data"], dtype=SOURCE_DTYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
-    if not tensors:
+    if not entries:
         raise MalformedAdapter(WEIGHTS, "holds no tensors", "NO_TENSORS")
-    return tensors
+    return {name: _tensor(name, entry) for name, entry in entries}
+
+
+def _tensor(name: str, entry: Mapping[str, Any]) -> Array:
+    dtype, shape = entry["dtype"], entry["shape"]
+    if dtype not in SOURCE_DTYPES:
+        raise UnsupportedAdapter(
+            f"{WEIGHTS}: tensor {shown(name)} has type {dtype}, served are {', '.join(SOURCE_DTYPES)}",
+            "UNSUPPORTED_DTYPE",
+            tensor=shown(name),
+            dtype=dtype,
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        message = f"tensor {shown(name)} has {len(shape)} dimensions"
+        raise MalformedAdapter(WEIGHTS, message, "MALFORMED_SAFETENSORS", tensor=shown(name))
+    return np.frombuffer(entry["data"], dtype=SOURCE_DTYPES[dtype]).reshape(shape)
 
 
 def _pair_up(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
@@ -135,22 +147,22 @@ def _pair_up(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise UnsupportedAdapter(
-                f"{WEIGHTS}: tensor {name} is not lora_A or lora_B of a linear layer; nothing else is served",
+                f"{WEIGHTS}: tensor {shown(name)} is not lora_A or lora_B of a linear layer; nothing else is served",
                 "UNSUPPORTED_TENSOR",
-                tensor=name,
+                tensor=shown(name),
             )
         sides = halves.setdefault(match["module"], {})
         if match["side"] in sides:
-            message = f"two tensors are lora_{match['side']} of {match['module']}"
-            raise MalformedAdapter(WEIGHTS, message, "DUPLICATE_TENSOR", tensor=name)
+            message = f"two tensors are lora_{match['side']} of {shown(match['module'])}"
+            raise MalformedAdapter(WEIGHTS, message, "DUPLICATE_TENSOR", tensor=shown(name))
         sides[match["side"]] = (name, tensor)
     pairs: dict[str, tuple[Array, Array]] = {}
     for module, sides in sorted(halves.items()):
         if len(sides) == 1:
             [(side, (name, _))] = sides.items()
             other = "B" if side == "A" else "A"
-            message = f"half a pair: {name} is there, lora_{other} of {module} is not"
-            raise MalformedAdapter(WEIGHTS, message, "HALF_A_PAIR", tensor=name, module=module)
+            message = f"half a pair: {shown(name)} is there, lora_{other} is not"
+            raise MalformedAdapter(WEIGHTS, message, "HALF_A_PAIR", tensor=shown(name), module=shown(module))
         pairs[module] = (sides["A"][1], sides["B"][1])
     return pairs
 
@@ -158,21 +170,15 @@ def _pair_up(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
 def _check_module(module: str, a: Array, b: Array, config: PeftConfig, base: BaseDescription) -> None:
     if module not in base.modules:
         raise UnsupportedAdapter(
-            f"{WEIGHTS}: module {module} is not a linear layer of {base.name} that adapters may change",
+            f"{WEIGHTS}: module {shown(module)} is not a linear layer of {base.name} that adapters may change",
             "UNKNOWN_MODULE",
-            module=module,
+            module=shown(module),
             base=base.name,
         )
     in_features, out_features = base.modules[module]
     rank = config.rank_of(module)
     if rank > base.max_rank:
-        raise UnsupportedAdapter(
-            f"{module} has rank {rank}, the limit is {base.max_rank}",
-            "RANK_TOO_LARGE",
-            module=module,
-            rank=rank,
-            limit=base.max_rank,
-        )
+        raise RankTooLarge(module, rank, base.max_rank)
     for side, tensor, expected in (("A", a, (rank, in_features)), ("B", b, (out_features, rank))):
         if tensor.shape != expected:
             raise UnsupportedAdapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class Settings:
         for name in ("disk_mib", "host_mib", "max_adapter_mib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        # It becomes part of a folder's name, and of names in Redis.
+        if not re.fullmatch(r"[A-Za-z0-9._-]{0,128}", self.node_id) or self.node_id in (".", ".."):
+            raise ValueError(f"node_id {self.node_id!r} may have letters, digits, '.', '_' and '-' only")
         if not self.data_dir:
             raise ValueError("no folder for the disk tier is set (--data-dir)")
 

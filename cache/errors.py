@@ -5,25 +5,41 @@ InvalidField
 └── MalformedAdapter        the files are not a well-formed adapter; the reason says what is wrong
 NotServable
 ├── UnsupportedAdapter      well formed, but this server cannot serve it; names feature, tensor or limit
+│   └── RankTooLarge        RANK_TOO_LARGE      more than the engine can run
 ├── DigestMismatch          DIGEST_MISMATCH     the content is not what the caller expected
+├── SourceChanged           SOURCE_CHANGED      a version is gone from the tiers, and its source holds another by now
 └── BaseMismatch            BASE_MISMATCH       an engine serves another base than this registry
 NotFound
 ├── AdapterNotFound         ADAPTER_NOT_FOUND   no such adapter_id
 ├── VersionNotFound         VERSION_NOT_FOUND   no such digest
 └── SourceNotFound          SOURCE_NOT_FOUND    nothing at the source
 Exhausted
-└── TierFull                TIER_FULL           no room in a tier
+├── TierFull                TIER_FULL           no room in a tier
+└── AdapterTooLarge         ADAPTER_TOO_LARGE   larger than a whole tier
 Unavailable
 ├── RegistryUnreachable     REGISTRY_UNREACHABLE
 ├── BaseUnknown             BASE_UNKNOWN        no engine has described the base yet
 └── NoEngine                NO_ENGINE           no engine is attached
+AlreadyExists
+└── EngineAttached          ENGINE_ATTACHED     an engine of this id is attached
 Internal
+├── ArtifactDamaged         ARTIFACT_DAMAGED    a file is not what was written; it was removed, and is fetched again
+├── TierFailed              TIER_FAILED         a tier's file system has another trouble than being full
 └── IllegalMove             ILLEGAL_MOVE        an artifact was told to do what its state does not allow
 """
 
 from __future__ import annotations
 
-from servicekit.errors import Exhausted, Internal, InvalidField, NotFound, NotServable, Unavailable
+from servicekit.errors import AlreadyExists, Exhausted, Internal, InvalidField, NotFound, NotServable, Unavailable
+
+MAX_SHOWN = 160
+
+
+def shown(text: object, limit: int = MAX_SHOWN) -> str:
+    """Text of a stranger, made fit for messages, logs and statuses: short, on one line, and valid Unicode."""
+    whole = str(text)
+    kept = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in whole[:limit])
+    return kept if len(whole) <= limit else f"{kept}… ({len(whole)} characters)"
 
 
 class MalformedAdapter(InvalidField):
@@ -37,6 +53,15 @@ class UnsupportedAdapter(NotServable):
     """Raised when an adapter cannot be served on this base by this server."""
 
 
+class RankTooLarge(UnsupportedAdapter):
+    """Raised when an adapter has a larger rank than the engine can run."""
+
+    def __init__(self, name: str, rank: int, limit: int) -> None:
+        super().__init__(
+            f"{name} has rank {rank}, the limit is {limit}", "RANK_TOO_LARGE", module=name, rank=rank, limit=limit
+        )
+
+
 class DigestMismatch(NotServable):
     """Raised when an adapter's digest is not the expected one."""
 
@@ -45,6 +70,19 @@ class DigestMismatch(NotServable):
             f"expected_digest: the adapter's digest is {found}, not {expected}",
             "DIGEST_MISMATCH",
             field="expected_digest",
+            expected=expected,
+            found=found,
+        )
+
+
+class SourceChanged(NotServable):
+    """Raised when a version has to be read from its source again, and there is another by now."""
+
+    def __init__(self, source_uri: str, expected: str, found: str) -> None:
+        super().__init__(
+            f"{shown(source_uri)} holds version {found[:12]} by now, not {expected[:12]}; register the adapter again",
+            "SOURCE_CHANGED",
+            source_uri=shown(source_uri),
             expected=expected,
             found=found,
         )
@@ -73,14 +111,14 @@ class VersionNotFound(NotFound):
     """Raised when no adapter has this digest."""
 
     def __init__(self, digest: str) -> None:
-        super().__init__(f"no adapter has version {digest[:12]}", "VERSION_NOT_FOUND", digest=digest)
+        super().__init__(f"no adapter has version {shown(digest, 12)}", "VERSION_NOT_FOUND", digest=shown(digest))
 
 
 class SourceNotFound(NotFound):
     """Raised when there is nothing at a source."""
 
     def __init__(self, source_uri: str, message: str) -> None:
-        super().__init__(f"source_uri: {message}", "SOURCE_NOT_FOUND", field="source_uri", source_uri=source_uri)
+        super().__init__(f"source_uri: {message}", "SOURCE_NOT_FOUND", field="source_uri", source_uri=shown(source_uri))
 
 
 class TierFull(Exhausted):
@@ -94,6 +132,26 @@ class TierFull(Exhausted):
             needed_bytes=needed,
             free_bytes=free,
         )
+
+
+class AdapterTooLarge(Exhausted):
+    """Raised when an artifact is larger than a whole tier."""
+
+    def __init__(self, tier: str, size: int, limit: int) -> None:
+        super().__init__(
+            f"the artifact has {size} bytes, the {tier} tier holds {limit}",
+            "ADAPTER_TOO_LARGE",
+            tier=tier,
+            size_bytes=size,
+            limit=limit,
+        )
+
+
+class EngineAttached(AlreadyExists):
+    """Raised when an engine of the same id is attached."""
+
+    def __init__(self, engine_id: str) -> None:
+        super().__init__(f"an engine {engine_id!r} is attached", "ENGINE_ATTACHED", engine_id=engine_id)
 
 
 class RegistryUnreachable(Unavailable):
@@ -115,6 +173,20 @@ class NoEngine(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("no engine is attached", "NO_ENGINE", retry_after=2.0)
+
+
+class ArtifactDamaged(Internal):
+    """Raised when a tier's file is not what was written, or is gone; what was left of it has been removed."""
+
+    def __init__(self, file: str, tier: str) -> None:
+        super().__init__(f"{file} was damaged in the {tier} tier and removed", "ARTIFACT_DAMAGED", file=file, tier=tier)
+
+
+class TierFailed(Internal):
+    """Raised when a tier's file system has another trouble than being full."""
+
+    def __init__(self, tier: str, message: str) -> None:
+        super().__init__(f"the {tier} tier cannot be written: {message}", "TIER_FAILED", tier=tier)
 
 
 class IllegalMove(Internal):

@@ -3,12 +3,13 @@
 All keys of a registry share the hash tag {name}, so that a script may touch several of them on a cluster.
 
     loraplex:{name}:epoch        string  made once; another one means another, or an emptied, registry
+    loraplex:{name}:revision     integer counts every change of an adapter
     loraplex:{name}:base         string  JSON: the base that adapters were validated against
     loraplex:{name}:adapters     hash    adapter_id -> JSON: the adapter's record
     loraplex:{name}:nodes        zset    node_id -> time it was last heard of, milliseconds of Redis's clock
     loraplex:{name}:residency    hash    node_id -> JSON: digest -> tiers
-    loraplex:{name}:leases       zset    "owner digest" -> time the lease ends, milliseconds of Redis's clock
-    loraplex:{name}:events       channel JSON: {"kind", "adapter_id"}; a hint to read again, never the truth itself
+    loraplex:{name}:leases       zset    "node/engine digest" -> time the lease ends, milliseconds of Redis's clock
+    loraplex:{name}:events       channel JSON: {"revision", "adapter_id"}; a hint to read again, never the truth itself
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class Keys:
     @property
     def epoch(self) -> str:
         return self._key("epoch")
+
+    @property
+    def revision(self) -> str:
+        return self._key("revision")
 
     @property
     def base(self) -> str:

@@ -6,6 +6,7 @@ know may be there only when it is switched off (null, false, empty), because PEF
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache.errors import MalformedAdapter, UnsupportedAdapter
+from cache.errors import MalformedAdapter, UnsupportedAdapter, shown
 
 FILE = "adapter_config.json"
 
@@ -23,31 +24,50 @@ IRRELEVANT = frozenset(
         "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
         "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "eva_config",
         # Which modules carry weights is read from the tensors themselves.
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "exclude_modules", "layers_to_transform", "layers_pattern",
         # Matters when weights are merged into a transposed base; the two factors are the same either way.
         "fan_in_fan_out",
     }
 )  # fmt: skip
 
 
+MAX_NUMBER = 1_000_000_000
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN is on neither side of anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
-# Field -> whether a value is served. The initialisations accepted leave the base's weights as they are; pissa, olora, corda,
-# loftq, eva and their kin train against a changed base.
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
+
+
+def _is_init(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and value.lower() in HARMLESS_INITS)
+
+
+def _are_targets(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value or ""]
+    return len(names) <= MAX_PATTERNS and all(isinstance(name, str) for name in names)
+
+
+# These leave the base's weights as they are; pissa, olora, corda, loftq and their kin train against a changed base.
+HARMLESS_INITS = ("gaussian", "orthogonal", "eva")
+# Field -> whether a value is served.
 SERVED: Mapping[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "bias": lambda value: value in (None, "none"),
-    "init_lora_weights": lambda value: value in (None, True, False, "gaussian", "orthogonal", "eva"),
-    "r": lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+    "init_lora_weights": _is_init,
+    "target_modules": lambda value: _are_targets(value),
+    "r": _is_rank,
     "lora_alpha": _is_number,
     "use_rslora": lambda value: isinstance(value, bool),
-    "rank_pattern": lambda value: _is_pattern(value, lambda rank: isinstance(rank, int) and rank > 0),
+    "rank_pattern": lambda value: _is_pattern(value, _is_rank),
     "alpha_pattern": lambda value: _is_pattern(value, _is_number),
 }
-# Keys are regular expressions to PEFT. Without quantifiers and alternatives they match in linear time.
-_SAFE_KEY = re.compile(r"\^?[\w.\\-]{1,256}\$?")
+# Keys are regular expressions to PEFT. Names with dots, plain or escaped, match in linear time; nothing else is evaluated.
+_SAFE_KEY = re.compile(r"\^?(?:[\w-]|\\?\.){1,256}\$?", re.ASCII)
 MAX_PATTERNS = 4096
 
 
@@ -67,6 +87,7 @@ class PeftConfig:
 
     Attributes:
         base_model: name of the base as its author wrote it; for people.
+        targets: ends of the paths of the modules it says it changes; empty when it says so by a regular expression.
     """
 
     rank: int
@@ -75,6 +96,11 @@ class PeftConfig:
     rank_pattern: tuple[tuple[str, int], ...]
     alpha_pattern: tuple[tuple[str, float], ...]
     base_model: str
+    targets: tuple[str, ...] = ()
+
+    def claims(self, module: str) -> bool:
+        """Whether it says that it changes a module; a regular expression of a stranger is not evaluated."""
+        return not self.targets or any(module == end or module.endswith(f".{end}") for end in self.targets)
 
     def rank_of(self, module: str) -> int:
         """Rank of a module, by its path in the model."""
@@ -99,7 +125,12 @@ class PeftConfig:
 
 
 def _matches(key: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", module) is not None
+    return _compiled(key).match(module) is not None
+
+
+@functools.lru_cache(maxsize=2 * MAX_PATTERNS)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def parse_peft_config(raw: bytes) -> PeftConfig:
@@ -126,7 +157,8 @@ def parse_peft_config(raw: bytes) -> PeftConfig:
         rslora=fields.get("use_rslora", False),
         rank_pattern=tuple((fields.get("rank_pattern") or {}).items()),
         alpha_pattern=tuple((key, float(value)) for key, value in (fields.get("alpha_pattern") or {}).items()),
-        base_model=str(fields.get("base_model_name_or_path") or "")[:256],
+        base_model=shown(fields.get("base_model_name_or_path") or ""),
+        targets=tuple(targets) if isinstance(targets := fields.get("target_modules"), list) else (),
     )
 
 
@@ -136,7 +168,7 @@ def _check_served(name: str, value: Any) -> None:
     served = SERVED.get(name)
     if served(value) if served else value in (None, False, {}, [], ""):
         return
-    shown = json.dumps(value)[:100]
+    feature, found = shown(name), shown(json.dumps(value))
     raise UnsupportedAdapter(
-        f"{FILE}: {name} = {shown} is not served", "UNSUPPORTED_FEATURE", feature=name[:100], value=shown, file=FILE
+        f"{FILE}: {feature} = {found} is not served", "UNSUPPORTED_FEATURE", feature=feature, value=found, file=FILE
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from cache.errors import RegistryUnreachable
 from cache.keys import Keys
 from servicekit.errors import StartupError
 
+_log = logging.getLogger(__name__)
+
 SCRIPTS = Path(__file__).parent / "scripts"
 # A lost Redis must be noticed within a request's patience. redis-py's own defaults would take seconds.
-TIMEOUT_SECONDS = 1.0
+TIMEOUT_SECONDS = 0.8
 NODE_TTL_MS = 10_000
 
 
@@ -33,6 +37,8 @@ class AdapterRecord:
     Attributes:
         create_time_ms: when this version was registered, milliseconds since 1970.
         state: "active" or "draining".
+        base_digest: the base it was validated against.
+        stored: its text in Redis, by which a change makes sure that it replaces what it was made from.
     """
 
     adapter_id: str
@@ -48,14 +54,57 @@ class AdapterRecord:
     chat_template: str
     target_modules: tuple[str, ...]
     state: str = "active"
+    base_digest: str = ""
+    stored: str = field(default="", compare=False, repr=False)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """The record as it is stored."""
+        return json.dumps({**asdict(self), "stored": None}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> AdapterRecord:
-        fields = json.loads(text)
-        return AdapterRecord(**{**fields, "target_modules": tuple(fields["target_modules"])})
+        """A stored record; fields of a newer cache are left alone. Raises ValueError, KeyError or TypeError."""
+        known = {each.name for each in dataclasses.fields(AdapterRecord)}
+        fields = {name: value for name, value in json.loads(text).items() if name in known}
+        return AdapterRecord(**{**fields, "target_modules": tuple(fields["target_modules"]), "stored": text})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole registry at one point in time.
+
+    Attributes:
+        epoch: which registry it is; another one after it was emptied.
+        revision: how many changes of adapters there were.
+    """
+
+    epoch: str
+    revision: int
+    base: BaseDescription | None
+    records: Mapping[str, AdapterRecord]
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a heartbeat learns.
+
+    Attributes:
+        residency: of every living node: node_id -> digest -> tiers.
+        leases: (owner, digest) that hold.
+    """
+
+    epoch: str
+    revision: int
+    residency: Mapping[str, Mapping[str, list[str]]]
+    leases: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Someone has changed an adapter."""
+
+    revision: int
+    adapter_id: str
 
 
 class Registry:
@@ -76,79 +125,80 @@ class Registry:
         self._keys = Keys(name)
         self._scripts = {path.stem: self._redis.register_script(path.read_text()) for path in SCRIPTS.glob("*.lua")}
 
-    async def epoch(self) -> str:
-        """The registry's identity: the same for as long as nothing emptied it."""
-        async with _redis_errors():
-            await self._redis.set(self._keys.epoch, uuid.uuid4().hex, nx=True)
-            return str(await self._redis.get(self._keys.epoch))
-
-    async def load(self) -> dict[str, AdapterRecord]:
-        """All adapters."""
-        async with _redis_errors():
-            rows = await self._redis.hgetall(self._keys.adapters)
-        return {adapter_id: AdapterRecord.from_json(text) for adapter_id, text in rows.items()}
+    async def load(self) -> Snapshot:
+        """The whole registry; made when there is none."""
+        keys = [self._keys.epoch, self._keys.revision, self._keys.base, self._keys.adapters]
+        epoch, revision, base, *rows = await self._run("load", keys, [uuid.uuid4().hex])
+        records = {}
+        for adapter_id, text in zip(rows[::2], rows[1::2], strict=True):
+            record = _record_from(adapter_id, text)
+            if record is not None:
+                records[adapter_id] = record
+        return Snapshot(epoch, int(revision), _base_from(base) if base else None, records)
 
     async def read(self, adapter_id: str) -> AdapterRecord | None:
         """One adapter."""
         async with _redis_errors():
             text = await self._redis.hget(self._keys.adapters, adapter_id)
-        return AdapterRecord.from_json(text) if text else None
+        return _record_from(adapter_id, text) if text else None
 
-    async def put(self, record: AdapterRecord, replaces: AdapterRecord | None, kind: str) -> bool:
-        """Writes a record; False when the one there is not `replaces`."""
-        expected = replaces.to_json() if replaces else ""
-        return bool(await self._put(record, expected, kind))
+    async def put(self, record: AdapterRecord, replaces: AdapterRecord | None) -> tuple[int, AdapterRecord]:
+        """Writes a record; returns the revision of the change and the record as stored.
 
-    async def restore(self, record: AdapterRecord) -> None:
-        """Writes a record whatever is there: for a registry that was emptied."""
-        await self._put(record, "*", "registered")
+        The revision is 0, and nothing was written, when the record there is not `replaces`.
+        """
+        text = record.to_json()
+        expected = replaces.stored if replaces else ""
+        revision = await self._run("put_adapter", self._adapter_keys, [record.adapter_id, text, expected])
+        return int(revision), dataclasses.replace(record, stored=text)
 
-    async def _put(self, record: AdapterRecord, expected: str, kind: str) -> Any:
-        keys = [self._keys.adapters, self._keys.events]
-        return await self._run("put_adapter", keys, [record.adapter_id, record.to_json(), expected, kind])
-
-    async def delete(self, record: AdapterRecord) -> bool:
-        """Deletes a record; False when the one there is another."""
-        keys = [self._keys.adapters, self._keys.events]
-        return bool(await self._run("delete_adapter", keys, [record.adapter_id, record.to_json()]))
+    async def delete(self, record: AdapterRecord) -> int:
+        """Deletes a record; returns the revision of the change, 0 when the record there is another."""
+        return int(await self._run("delete_adapter", self._adapter_keys, [record.adapter_id, record.stored]))
 
     async def describe_base(self, base: BaseDescription) -> BaseDescription:
         """Offers a base; returns the one in force, which differs when adapters of another are registered."""
         raw = await self._run("describe_base", [self._keys.base, self._keys.adapters], [json.dumps(asdict(base))])
         return _base_from(raw)
 
-    async def base(self) -> BaseDescription | None:
-        """The base in force."""
-        async with _redis_errors():
-            raw = await self._redis.get(self._keys.base)
-        return _base_from(raw) if raw else None
-
     async def heartbeat(
-        self, node_id: str, residency: Mapping[str, Iterable[str]], leases: Iterable[tuple[str, str]]
-    ) -> dict[str, dict[str, list[str]]]:
-        """Tells that this node lives, what is in which tiers, and which (owner, digest) leases are to be renewed.
-
-        Returns the residency of every living node: node_id -> digest -> tiers.
-        """
-        keys = [self._keys.nodes, self._keys.residency, self._keys.leases]
+        self,
+        node_id: str,
+        residency: Mapping[str, Iterable[str]],
+        renewed: Iterable[tuple[str, str]],
+        ended: Iterable[tuple[str, str]],
+    ) -> Pulse:
+        """Tells that this node lives, what it holds, and which (owner, digest) leases go on or have ended."""
+        keys = [self._keys.nodes, self._keys.residency, self._keys.leases, self._keys.epoch, self._keys.revision]
         held = json.dumps({digest: list(tiers) for digest, tiers in residency.items()})
-        owned = [f"{owner} {digest}" for owner, digest in leases]
-        flat = await self._run("heartbeat", keys, [node_id, NODE_TTL_MS, held, *owned])
-        return {node: json.loads(text) for node, text in zip(flat[::2], flat[1::2], strict=True)}
+        going_on = [" ".join(lease) for lease in renewed]
+        arguments = [node_id, NODE_TTL_MS, held, len(going_on), *going_on, *(" ".join(lease) for lease in ended)]
+        epoch, revision, nodes, leases = await self._run("heartbeat", keys, arguments)
+        return Pulse(
+            epoch,
+            int(revision),
+            {node: json.loads(text) for node, text in zip(nodes[::2], nodes[1::2], strict=True)},
+            frozenset((owner, digest) for owner, _, digest in (lease.rpartition(" ") for lease in leases)),
+        )
 
-    async def events(self) -> AsyncIterator[str | None]:
-        """Ids of adapters that someone changed; None when the connection is new, so anything may have changed."""
+    async def hints(self) -> AsyncIterator[Hint | None]:
+        """What others have changed; None when the connection is new, so anything may have changed."""
         async with _redis_errors(), self._redis.pubsub() as channel:
             await channel.subscribe(self._keys.events)
             yield None
             while True:
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=30)
                 if message is not None:
-                    yield json.loads(message["data"])["adapter_id"]
+                    said = json.loads(message["data"])
+                    yield Hint(said["revision"], said["adapter_id"])
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._redis.aclose()
+
+    @property
+    def _adapter_keys(self) -> list[str]:
+        return [self._keys.adapters, self._keys.revision, self._keys.events]
 
     async def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
         async with _redis_errors():
@@ -159,8 +209,17 @@ class Registry:
 async def _redis_errors() -> AsyncIterator[None]:
     try:
         yield
-    except (TimeoutError, RedisError, OSError):
+    except (TimeoutError, RedisError, OSError) as error:
+        _log.debug("Redis: %s", error)
         raise RegistryUnreachable from None
+
+
+def _record_from(adapter_id: str, text: str) -> AdapterRecord | None:
+    try:
+        return AdapterRecord.from_json(text)
+    except (ValueError, KeyError, TypeError):
+        _log.error("the record of adapter %s cannot be read, it is left out", adapter_id)
+        return None
 
 
 def _base_from(raw: str) -> BaseDescription:

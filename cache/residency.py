@@ -1,12 +1,15 @@
 """Where artifacts are and what should move: decided here, without devices, clocks or I/O.
 
 Rules of this file:
-1. Every change of an artifact's place is a row of MOVES; a move that is not in the table raises and changes nothing.
+1. Every change of an artifact's place is a row of MOVES or DEVICE_MOVES; any other move raises and changes nothing.
 2. `plan` is a pure function. What is pinned, leased, in use or wanted is never evicted, and what it loads fits the budget.
+3. What a router has asked for ahead (`expected`) is given up only for what a sequence already waits for: look-ahead must not
+   push out look-ahead, and must not hold up a sequence either.
 
 An artifact on a node:      REMOTE -> FETCHING -> DISK -> STAGING -> HOST, back down one tier at a time,
                             FETCHING or STAGING -> FAILED -> FETCHING.
-An artifact on an engine:   ABSENT -> LOADING -> DEVICE -> EVICTING -> ABSENT.
+An artifact on an engine:   ABSENT -> LOADING -> DEVICE -> EVICTING -> ABSENT. The engine is the truth about its device:
+                            what it says is there is there (REPORTED), whatever we thought.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class DevicePlace(Enum):
 class Move(Enum):
     """What can happen to an artifact on a node."""
 
+    FIND = "find"
     FETCH = "fetch"
     STORE = "store"
     STAGE = "stage"
@@ -60,9 +64,11 @@ class DeviceMove(Enum):
     EVICT = "evict"
     EVICTED = "evicted"
     KEPT = "kept"
+    REPORTED = "reported"
 
 
 MOVES: Mapping[tuple[Place, Move], Place] = {
+    (Place.REMOTE, Move.FIND): Place.DISK,
     (Place.REMOTE, Move.FETCH): Place.FETCHING,
     (Place.FAILED, Move.FETCH): Place.FETCHING,
     (Place.FETCHING, Move.STORE): Place.DISK,
@@ -70,6 +76,9 @@ MOVES: Mapping[tuple[Place, Move], Place] = {
     (Place.DISK, Move.STAGE): Place.STAGING,
     (Place.DISK, Move.DROP): Place.REMOTE,
     (Place.STAGING, Move.STAGED): Place.HOST,
+    # The host tier has no room after all; the file on disk is as good as before.
+    (Place.STAGING, Move.UNSTAGE): Place.DISK,
+    # The file on disk is damaged or gone.
     (Place.STAGING, Move.FAIL): Place.FAILED,
     (Place.HOST, Move.UNSTAGE): Place.DISK,
     (Place.FAILED, Move.DROP): Place.REMOTE,
@@ -81,6 +90,9 @@ DEVICE_MOVES: Mapping[tuple[DevicePlace, DeviceMove], DevicePlace] = {
     (DevicePlace.DEVICE, DeviceMove.EVICT): DevicePlace.EVICTING,
     (DevicePlace.EVICTING, DeviceMove.EVICTED): DevicePlace.ABSENT,
     (DevicePlace.EVICTING, DeviceMove.KEPT): DevicePlace.DEVICE,
+    # Not asked for: the engine says what is so.
+    (DevicePlace.DEVICE, DeviceMove.EVICTED): DevicePlace.ABSENT,
+    (DevicePlace.ABSENT, DeviceMove.REPORTED): DevicePlace.DEVICE,
 }
 
 
@@ -104,21 +116,24 @@ class Resident:
 
     Attributes:
         last_used: time of its last use, any unit that grows.
-        kept: it is pinned, leased, in use, or on its way in or out.
+        kept: it is pinned, leased, in use, or on its way in or out; never evicted.
+        expected: asked for ahead and not used yet; evicted only for something urgent.
     """
 
     digest: str
     size_bytes: int
     last_used: float
-    kept: bool
+    kept: bool = False
+    expected: bool = False
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Something that should get room in a tier."""
+    """Something that should get room in a tier; urgent when a sequence waits for it."""
 
     digest: str
     size_bytes: int
+    urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ class LeastRecentlyUsed:
 
 
 def plan(residents: Sequence[Resident], wanted: Sequence[Wanted], budget_bytes: int, policy: EvictionPolicy) -> Plan:
-    """What to load into a tier and what to evict from it.
+    """What to load into a tier and what to evict from it; `wanted` is in the order of importance.
 
     Loads are those that fit now; room that an eviction will make is used by the next plan, after the eviction was done.
     A wanted artifact that does not fit does not stop smaller ones behind it, unless room is being made for it: then what is
@@ -177,26 +192,33 @@ def plan(residents: Sequence[Resident], wanted: Sequence[Wanted], budget_bytes: 
             free -= want.size_bytes
         else:
             waiting.append(want.digest)
-            chosen = _enough(victims, want.size_bytes - free)
+            chosen = _enough(victims, want.size_bytes - free, want.urgent)
             if chosen:
                 evictions.extend(victim.digest for victim in chosen)
-                victims = victims[len(chosen) :]
+                victims = [victim for victim in victims if victim not in chosen]
                 # What is free now is spoken for; the room that is being made is not there yet.
                 free = 0
     return Plan(tuple(loads), tuple(evictions), tuple(waiting), tuple(hopeless))
 
 
 def _without_repeats(wanted: Sequence[Wanted], here: set[str]) -> list[Wanted]:
-    return list({want.digest: want for want in wanted if want.digest not in here}.values())
+    first: dict[str, Wanted] = {}
+    for want in wanted:
+        if want.digest not in here:
+            first.setdefault(want.digest, want)
+    return list(first.values())
 
 
-def _enough(victims: Sequence[Resident], needed: int) -> list[Resident]:
+def _enough(victims: Sequence[Resident], needed: int, urgent: bool) -> list[Resident]:
     """The first victims that together free `needed` bytes; none when all of them do not."""
+    allowed = [victim for victim in victims if not victim.expected]
+    if urgent:
+        allowed += [victim for victim in victims if victim.expected]
     freed = 0
-    for count, victim in enumerate(victims, 1):
+    for count, victim in enumerate(allowed, 1):
         freed += victim.size_bytes
         if freed >= needed:
-            return list(victims[:count])
+            return allowed[:count]
     return []
 
 

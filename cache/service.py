@@ -8,15 +8,16 @@ import binascii
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import grpc
 
+from cache.adapters import Adapters
 from cache.artifact import TARGET_DTYPES, BaseDescription
 from cache.engines import Command, Engine, Evict, Load
-from cache.errors import AdapterNotFound, NoEngine
+from cache.errors import AdapterNotFound
 from cache.manager import Manager
 from cache.registry import AdapterRecord
 from cache.residency import DevicePlace, Place
@@ -24,18 +25,20 @@ from cache.sources import scheme_of
 from cache.watchers import Change, Event
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
-from servicekit.errors import InvalidField, RemoteError, code_of
+from servicekit.errors import Code, InvalidField, RemoteError, code_of
 
 _ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 1000, 100
 MAX_WEIGHT = 1000.0
 
-_TIERS = {
+# Worst first; REMOTE is not a place to bring anything to.
+_TIERS: Mapping[Place | DevicePlace, adapter_pb2.Tier.ValueType] = {
     Place.DISK: adapter_pb2.TIER_DISK,
     Place.HOST: adapter_pb2.TIER_HOST,
     DevicePlace.DEVICE: adapter_pb2.TIER_DEVICE,
 }
+_PLACES = {tier: place for place, tier in _TIERS.items()}
 _KINDS = {
     Change.RESIDENCY: adapter_pb2.AdapterEvent.KIND_RESIDENCY,
     Change.UPDATED: adapter_pb2.AdapterEvent.KIND_UPDATED,
@@ -53,8 +56,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """The registry of adapters."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, manager: Manager, adapters: Adapters) -> None:
+        self._manager, self._view, self._adapters = manager, manager.view, adapters
 
     async def RegisterAdapter(
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
@@ -80,7 +83,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             chat_template="",
             target_modules=(),
         )
-        record = await self._manager.register(asked, expected)
+        record = await self._adapters.register(asked, expected)
         return adapter_pb2.RegisterAdapterResponse(adapter=self._adapter(record))
 
     async def GetAdapter(
@@ -96,8 +99,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             raise InvalidField("page_size", message, "OUT_OF_RANGE", limit=MAX_PAGE_SIZE)
         size = request.page_size or DEFAULT_PAGE_SIZE
         after = _after(request.page_token)
-        ids = sorted(adapter_id for adapter_id in self._manager.records if adapter_id > after)
-        page = [self._adapter(self._manager.records[adapter_id]) for adapter_id in ids[:size]]
+        ids = sorted(adapter_id for adapter_id in self._view.records if adapter_id > after)
+        page = [self._adapter(self._view.records[adapter_id]) for adapter_id in ids[:size]]
         token = _page_token(ids[size - 1]) if len(ids) > size else ""
         return adapter_pb2.ListAdaptersResponse(adapters=page, next_page_token=token)
 
@@ -115,66 +118,39 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
                 weight=request.weight if request.HasField("weight") else record.weight,
             )
 
-        record = await self._manager.update(request.adapter_id, change)
-        if record is None:
-            raise AdapterNotFound(request.adapter_id)
+        record = await self._adapters.update(request.adapter_id, change)
         return adapter_pb2.UpdateAdapterResponse(adapter=self._adapter(record))
 
     async def DeleteAdapter(
         self, request: adapter_pb2.DeleteAdapterRequest, context: Context
     ) -> adapter_pb2.DeleteAdapterResponse:
         _check_adapter_id(request.adapter_id)
-        if not await self._manager.delete(request.adapter_id, request.force):
-            raise AdapterNotFound(request.adapter_id)
+        await self._adapters.delete(request.adapter_id, request.force)
         return adapter_pb2.DeleteAdapterResponse()
 
     async def PreloadAdapter(
         self, request: adapter_pb2.PreloadAdapterRequest, context: Context
     ) -> adapter_pb2.PreloadAdapterResponse:
         record = self._record(request.adapter_id)
-        if request.tier not in (adapter_pb2.TIER_DISK, adapter_pb2.TIER_HOST, adapter_pb2.TIER_DEVICE):
+        place = _PLACES.get(request.tier)
+        if place is None:
             raise InvalidField("tier", "must be TIER_DISK, TIER_HOST or TIER_DEVICE", "OUT_OF_RANGE")
-        if request.tier == adapter_pb2.TIER_DEVICE:
-            await self._preload_device(record)
-        else:
-            await self._manager.bring_to_host(record.digest)
+        await self._adapters.preload(record, place)
         return adapter_pb2.PreloadAdapterResponse(adapter=self._adapter(record))
-
-    async def _preload_device(self, record: AdapterRecord) -> None:
-        manager = self._manager
-        if not manager.engines:
-            raise NoEngine
-        await manager.bring_to_host(record.digest)
-        engines = list(manager.engines.values())
-        for engine in engines:
-            manager.want(engine, [record.digest])
-
-        def settled() -> bool:
-            there = all(engine.place(record.digest) is DevicePlace.DEVICE for engine in engines)
-            given_up = all(
-                record.digest not in engine.wanted and engine.place(record.digest) is DevicePlace.ABSENT
-                for engine in engines
-            )
-            gone = not any(engine.engine_id in manager.engines for engine in engines)
-            return there or given_up or gone
-
-        await manager.wait_for(settled)
-        if not any(engine.place(record.digest) is DevicePlace.DEVICE for engine in engines):
-            raise manager.failure_of(record.digest) or NoEngine()
 
     async def WatchAdapters(
         self, request: adapter_pb2.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[adapter_pb2.AdapterEvent]:
-        watcher = self._manager.watch()
+        watcher = self._view.watch()
         try:
             async for event in watcher.events():
                 yield self._event(event)
         finally:
-            self._manager.unwatch(watcher)
+            self._view.unwatch(watcher)
 
     def _record(self, adapter_id: str) -> AdapterRecord:
         _check_adapter_id(adapter_id)
-        record = self._manager.records.get(adapter_id)
+        record = self._view.records.get(adapter_id)
         if record is None:
             raise AdapterNotFound(adapter_id)
         return record
@@ -227,36 +203,44 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
         if first is None or first.WhichOneof("message") != "description":
             raise InvalidField("message", "the first message must be the engine's description", "NO_DESCRIPTION")
         engine = _engine(first.description)
-        await self._manager.describe_base(engine.base)
-        self._manager.attach(engine, first.description.resident_digests)
+        await self._manager.attach(engine, first.description.resident_digests)
         reader = asyncio.create_task(self._read(engine, request_iterator))
         try:
             accepted = residency_pb2.EngineAccepted(node_id=self._manager.node_id)
             yield residency_pb2.AttachEngineResponse(accepted=accepted)
             while (command := await engine.commands.get()) is not None:
                 yield _command(command)
+            if reader.done():
+                # What the engine said wrong is the status its stream ends with.
+                reader.result()
         finally:
             reader.cancel()
             self._manager.detach(engine)
 
     async def _read(self, engine: Engine, messages: AsyncIterator[residency_pb2.AttachEngineRequest]) -> None:
-        handlers: dict[str | None, Callable[[Any], None]] = {
-            "wanted": lambda said: self._manager.want(engine, said.digests),
-            "loaded": lambda said: self._manager.loaded(engine, said.digest, said.device_bytes),
-            "load_failed": lambda said: self._manager.load_failed(
-                engine, said.digest, RemoteError(9, said.message, said.reason, {"digest": said.digest})
-            ),
-            "evicted": lambda said: self._manager.evicted(engine, said.digest, said.evicted),
-            "in_use": lambda said: self._manager.in_use(engine, frozenset(said.digests)),
-        }
         try:
             async for message in messages:
-                kind = message.WhichOneof("message")
-                if kind in handlers:
-                    handlers[kind](getattr(message, kind or ""))
+                self._hear(engine, message)
         finally:
             # However it ended, nothing more comes from this engine: end the other direction too.
             engine.commands.put_nowait(None)
+
+    def _hear(self, engine: Engine, message: residency_pb2.AttachEngineRequest) -> None:
+        match message.WhichOneof("message"):
+            case "wanted":
+                self._manager.want(engine, message.wanted.digests)
+            case "in_use":
+                self._manager.in_use(engine, frozenset(message.in_use.digests))
+            case "loaded":
+                self._manager.loaded(engine, message.loaded.digest, message.loaded.device_bytes)
+            case "load_failed":
+                failed = message.load_failed
+                error = RemoteError(Code.FAILED_PRECONDITION, failed.message, failed.reason, {"digest": failed.digest})
+                self._manager.load_failed(engine, failed.digest, error)
+            case "evicted":
+                self._manager.evicted(engine, message.evicted.digest, message.evicted.evicted)
+            case other:
+                raise InvalidField("message", f"{other} is not what an attached engine says", "UNEXPECTED_MESSAGE")
 
 
 def _engine(said: residency_pb2.EngineDescription) -> Engine:

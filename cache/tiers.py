@@ -1,7 +1,7 @@
 """The DISK and HOST tiers: packed artifacts as files, written whole or not at all.
 
 A file gets its name only after its content and its checksum are safe, so a name found is a file complete. Blocks; call it
-off the event loop.
+off the event loop. Any number of threads may use a tier; room is reserved before it is written to.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
+import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from cache.errors import TierFull
-from servicekit.errors import Internal, StartupError
+from cache.errors import ArtifactDamaged, TierFailed, TierFull
+from servicekit.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -26,11 +30,22 @@ _UNFINISHED = ".unfinished"
 _CHUNK = 4 * 1024 * 1024
 
 
-class ChecksumWrong(Internal):
-    """Raised when a file's content is not what was written; the file has been removed."""
+class ArtifactKey(NamedTuple):
+    """One version in one number type: one file in a tier."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path.name} was damaged on disk and removed", "CHECKSUM_WRONG", file=path.name)
+    digest: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without the suffix."""
+        return f"{self.digest}.{self.dtype}"
+
+    @staticmethod
+    def of(name: str) -> ArtifactKey:
+        """The artifact of a name."""
+        digest, _, dtype = name.partition(".")
+        return ArtifactKey(digest, dtype)
 
 
 class FileTier:
@@ -44,117 +59,172 @@ class FileTier:
         self.name = name
         self.folder = folder
         self.budget_bytes = budget_bytes
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StartupError(f"the folder {folder} of the {name} tier cannot be made: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise StartupError(f"the folder {folder} of the {name} tier is not writable")
+        self._lock = threading.Lock()
+        self._held: dict[ArtifactKey, int] = {}
+        self._own_folder()
 
-    def path(self, digest: str, dtype: str) -> Path:
-        """Where the artifact of a version in a number type is."""
-        return self.folder / f"{digest}.{dtype}{_SUFFIX}"
+    def path(self, key: ArtifactKey) -> Path:
+        """Where an artifact is, or would be."""
+        return self.folder / f"{key.name}{_SUFFIX}"
 
-    def sizes(self) -> dict[str, int]:
-        """File name of each complete artifact -> bytes; removes what was left half-written."""
-        found: dict[str, int] = {}
-        for path in self.folder.iterdir():
-            if path.name.endswith(_UNFINISHED):
-                path.unlink(missing_ok=True)
-            elif path.name.endswith(_SUFFIX):
-                if path.with_name(path.name + _CHECKSUM).is_file():
-                    found[path.name] = path.stat().st_size
-                else:
-                    path.unlink(missing_ok=True)
-        for path in self.folder.glob(f"*{_CHECKSUM}"):
-            if path.name.removesuffix(_CHECKSUM) not in found:
-                path.unlink(missing_ok=True)
+    def sizes(self) -> dict[ArtifactKey, int]:
+        """Bytes of each complete artifact; for the start, before anything is written.
+
+        Removes everything else: what was left half-written, and what is not ours.
+        """
+        found: dict[ArtifactKey, int] = {}
+        names = {path.name for path in self.folder.iterdir()}
+        for name in sorted(names):
+            key = ArtifactKey.of(name.removesuffix(_SUFFIX))
+            if name.endswith(_SUFFIX) and all(key) and name + _CHECKSUM in names:
+                found[key] = (self.folder / name).stat().st_size
+        ours = {self.path(key).name + suffix for key in found for suffix in ("", _CHECKSUM)}
+        for name in names - ours:
+            with suppress(OSError):
+                (self.folder / name).unlink()
+        with self._lock:
+            self._held = dict(found)
         return found
 
-    def write(self, digest: str, dtype: str, content: bytes) -> int:
+    def write(self, key: ArtifactKey, content: bytes) -> int:
         """Stores an artifact; returns its bytes.
 
         Raises:
             TierFull: there is no room, by budget or by the file system.
+            TierFailed: the file system has another trouble.
         """
-        path = self.path(digest, dtype)
+        path = self.path(key)
         if self._complete(path):
             return path.stat().st_size
-        self._check_room(len(content))
-        checksum = hashlib.sha256(content).hexdigest()
-        unfinished = self._unfinished(path)
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise self._failure(error, len(content)) from None
-        self._publish(unfinished, path, checksum)
+        with self._room_for(key, len(content)):
+            self._write_whole(path, len(content), lambda file: _written(file, content))
         return len(content)
 
-    def copy_from(self, other: FileTier, digest: str, dtype: str) -> int:
+    def copy_from(self, other: FileTier, key: ArtifactKey) -> int:
         """Copies an artifact from another tier, checking its checksum on the way; returns its bytes.
 
         Raises:
-            ChecksumWrong: the other tier's file is damaged; it has been removed there.
+            ArtifactDamaged: the other tier's file is damaged or gone; what was left of it has been removed.
             TierFull: there is no room here.
+            TierFailed: the file system has another trouble.
         """
-        path, source = self.path(digest, dtype), other.path(digest, dtype)
+        path, source = self.path(key), other.path(key)
         if self._complete(path):
             return path.stat().st_size
-        size = source.stat().st_size
-        self._check_room(size)
-        expected = source.with_name(source.name + _CHECKSUM).read_text()
-        unfinished, total = self._unfinished(path), hashlib.sha256()
         try:
-            with source.open("rb") as reader, unfinished.open("wb") as writer:
-                while chunk := reader.read(_CHUNK):
-                    total.update(chunk)
-                    writer.write(chunk)
-                writer.flush()
-                os.fsync(writer.fileno())
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise self._failure(error, size) from None
-        if total.hexdigest() != expected:
-            unfinished.unlink(missing_ok=True)
-            other.remove(digest, dtype)
-            raise ChecksumWrong(source)
-        self._publish(unfinished, path, expected)
+            expected = _checksum_file(source).read_text()
+            with source.open("rb") as reader, self._room_for(key, size := os.fstat(reader.fileno()).st_size):
+                self._write_whole(path, size, lambda file: _copied(file, reader, expected))
+        except (FileNotFoundError, _WrongChecksum):
+            other.remove(key)
+            raise ArtifactDamaged(source.name, other.name) from None
         return size
 
-    def remove(self, digest: str, dtype: str) -> None:
+    def remove(self, key: ArtifactKey) -> None:
         """Removes an artifact. An engine that has mapped it keeps its mapping."""
-        path = self.path(digest, dtype)
+        path = self.path(key)
         path.unlink(missing_ok=True)
-        path.with_name(path.name + _CHECKSUM).unlink(missing_ok=True)
+        _checksum_file(path).unlink(missing_ok=True)
+        with self._lock:
+            self._held.pop(key, None)
+
+    def _own_folder(self) -> None:
+        """Makes the folder, and insists that it is ours alone: /dev/shm is everybody's."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            status = self.folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise StartupError(f"the folder {self.folder} of the {self.name} tier is not a folder of this user")
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise StartupError(
+                f"the folder {self.folder} of the {self.name} tier cannot be used: {error.strerror}"
+            ) from None
+        if not os.access(self.folder, os.W_OK):
+            raise StartupError(f"the folder {self.folder} of the {self.name} tier is not writable")
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget."""
+        with self._lock:
+            return max(0, self.budget_bytes - sum(self._held.values()))
+
+    @contextmanager
+    def _room_for(self, key: ArtifactKey, needed: int) -> Iterator[None]:
+        """Takes the room before the artifact is written, so that writers together stay within the budget."""
+        with self._lock:
+            free = self.budget_bytes - sum(self._held.values())
+            if needed > free:
+                raise TierFull(self.name, needed, max(0, free))
+            self._held[key] = needed
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._held.pop(key, None)
+            raise
+
+    def _write_whole(self, path: Path, size: int, write: Callable[[BinaryIO], str]) -> None:
+        """Has a file written beside its place, and publishes it there together with the checksum that `write` returns."""
+        token = uuid.uuid4().hex
+        unfinished, unfinished_sum = (path.with_name(f"{path.name}.{token}.{part}{_UNFINISHED}") for part in "ab")
+        try:
+            with unfinished.open("wb") as file:
+                checksum = write(file)
+                _synced(file)
+            with unfinished_sum.open("wb") as file:
+                file.write(checksum.encode())
+                _synced(file)
+            # The checksum first: an artifact without one is thrown away at the next start.
+            os.replace(unfinished_sum, _checksum_file(path))
+            os.replace(unfinished, path)
+            self._sync_folder()
+        except OSError as error:
+            raise self._failure(error, path, size) from None
+        finally:
+            for left in (unfinished, unfinished_sum):
+                left.unlink(missing_ok=True)
+
+    def _sync_folder(self) -> None:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def _complete(self, path: Path) -> bool:
-        return path.is_file() and path.with_name(path.name + _CHECKSUM).is_file()
+        return path.is_file() and _checksum_file(path).is_file()
 
-    def _unfinished(self, path: Path) -> Path:
-        return path.with_name(f"{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    def _failure(self, error: OSError, path: Path, needed: int) -> TierFull | TierFailed:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return TierFull(self.name, needed, shutil.disk_usage(self.folder).free)
+        _log.error("writing %s to the %s tier failed", path, self.name, exc_info=error)
+        return TierFailed(self.name, error.strerror or type(error).__name__)
 
-    def _publish(self, unfinished: Path, path: Path, checksum: str) -> None:
-        # The checksum first: an artifact without one is thrown away at the next start.
-        path.with_name(path.name + _CHECKSUM).write_text(checksum)
-        os.replace(unfinished, path)
-        with suppress(OSError):
-            handle = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
-    def _check_room(self, needed: int) -> None:
-        used = sum(path.stat().st_size for path in self.folder.glob(f"*{_SUFFIX}"))
-        free = min(self.budget_bytes - used, shutil.disk_usage(self.folder).free)
-        if needed > free:
-            raise TierFull(self.name, needed, max(0, free))
+class _WrongChecksum(Exception):
+    """The content read is not what was written."""
 
-    def _failure(self, error: OSError, needed: int) -> TierFull:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            _log.error("writing to %s failed", self.folder, exc_info=error)
-        return TierFull(self.name, needed, shutil.disk_usage(self.folder).free)
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + _CHECKSUM)
+
+
+def _written(file: BinaryIO, content: bytes) -> str:
+    file.write(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _copied(file: BinaryIO, reader: BinaryIO, expected: str) -> str:
+    total = hashlib.sha256()
+    while chunk := reader.read(_CHUNK):
+        total.update(chunk)
+        file.write(chunk)
+    if total.hexdigest() != expected:
+        raise _WrongChecksum
+    return expected
+
+
+def _synced(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,24 +1,37 @@
 -- Says that a node lives, what it holds and what its engines rely on; takes back what the dead held.
 --
--- KEYS[1] nodes      zset  node_id -> last heard of, ms
--- KEYS[2] residency  hash  node_id -> JSON
--- KEYS[3] leases     zset  "owner digest" -> end, ms
+-- KEYS[1] nodes      zset    node_id -> last heard of, ms
+-- KEYS[2] residency  hash    node_id -> JSON
+-- KEYS[3] leases     zset    "node/engine digest" -> end, ms
+-- KEYS[4] epoch      string
+-- KEYS[5] revision   integer
 -- ARGV[1] node_id
 -- ARGV[2] ttl        milliseconds until a silent node counts as dead and its leases end
 -- ARGV[3] residency  JSON: digest -> list of tiers
--- ARGV[4..]          leases: "owner digest", owners being engines of this node
--- Returns a flat list node_id, residency, ... of the living nodes.
+-- ARGV[4] count      how many leases follow that are to be renewed; the others have ended
+-- ARGV[5..]          leases: "node/engine digest", of engines of this node
+-- Returns { epoch or "", revision, { node_id, residency, ... of the living nodes }, { living leases } }.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ttl = tonumber(ARGV[2])
+local renewed = tonumber(ARGV[4])
 redis.call('ZADD', KEYS[1], now, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
-for i = 4, #ARGV do
-  redis.call('ZADD', KEYS[3], now + ttl, ARGV[i])
+for i = 5, #ARGV do
+  if i < 5 + renewed then
+    redis.call('ZADD', KEYS[3], now + ttl, ARGV[i])
+  else
+    redis.call('ZREM', KEYS[3], ARGV[i])
+  end
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
 for _, node in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ttl)) do
   redis.call('ZREM', KEYS[1], node)
   redis.call('HDEL', KEYS[2], node)
 end
-return redis.call('HGETALL', KEYS[2])
+return {
+  redis.call('GET', KEYS[4]) or '',
+  tonumber(redis.call('GET', KEYS[5]) or '0'),
+  redis.call('HGETALL', KEYS[2]),
+  redis.call('ZRANGE', KEYS[3], 0, -1),
+}

@@ -9,6 +9,8 @@ from servicekit.errors import InvalidField, NotImplementedYet
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_TEMPLATE_BYTES = 64 * 1024
+# Lists a tokenizer's added tokens, which can be thousands.
+MAX_TOKENIZER_CONFIG_BYTES = 16 * 1024 * 1024
 MAX_URI_LENGTH = 2048
 # Part of the contract; the code behind them is not there yet.
 LATER_SCHEMES = ("hf", "s3", "https")

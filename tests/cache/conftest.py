@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cache.adapters import Adapters
 from cache.artifact import BaseDescription
 from cache.manager import Manager
 from cache.registry import Registry
@@ -81,9 +83,17 @@ class Store:
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 10
-        while not (self.folder / "s").exists():
+        while not self._answers():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1)
+            connection.connect(f"{self.folder}/s")
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+        return False
 
     def kill(self) -> None:
         if self.process is not None:
@@ -155,6 +165,9 @@ class FakeEngine:
         )  # fmt: skip
         await self.say(description=description)
         first = await self.call.read()
+        if first is grpc.aio.EOF:
+            # Raises the status it was refused with.
+            await self.call
         self.node_id = first.accepted.node_id
         self.task = asyncio.create_task(self._obey())
 
@@ -206,20 +219,22 @@ CacheMaker = Callable[..., Any]
 
 @asynccontextmanager
 async def serve_cache(
-    url: str, folder: Path, node_id: str = "node-0", host_bytes: int = 1 << 24
+    url: str, folder: Path, node_id: str = "node-0", host_bytes: int = 1 << 24, disk_bytes: int = 1 << 24
 ) -> AsyncIterator[Cache]:
     root = folder / "root"
     root.mkdir(parents=True, exist_ok=True)
     manager = Manager(
         Registry(url, "test"),
         FileSource([root], 1 << 24),
-        FileTier("disk", folder / f"disk-{node_id}", 1 << 24),
+        FileTier("disk", folder / f"disk-{node_id}", disk_bytes),
         FileTier("host", folder / f"host-{node_id}", host_bytes),
         node_id,
     )
     await manager.start()
+    adapters = Adapters(manager)
+    adapters.resume()
     server = Server()
-    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager), server.grpc)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
     await server.start("127.0.0.1:0", ["loraplex.v1.AdapterService"])
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

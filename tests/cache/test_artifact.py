@@ -53,10 +53,8 @@ def test_rslora_and_patterns_scale_as_peft_does(tmp_path: Path) -> None:
     peft: Any = get_peft_model(model, config)
     peft.save_pretrained(tmp_path)
     # When it is packed
-    config_bytes, weights = (
-        (tmp_path / f"adapter_{name}").read_bytes() for name in ("config.json", "model.safetensors")
-    )
-    packed = load(build_artifact(AdapterFiles(config_bytes, weights), BASE).packed)
+    config_file, weights = (tmp_path / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    packed = load(build_artifact(AdapterFiles(config_file.read_bytes(), weights.read_bytes()), BASE).packed)
     # Then every delta is PEFT's
     for module in BASE.modules:
         expected = peft.base_model.model.get_submodule(module).get_delta_weight("default").detach().numpy()
@@ -182,6 +180,7 @@ UNSERVED: dict[str, Any] = {
     "corda_config": {"x": 1}, "loftq_config": {"bits": 4}, "megatron_config": {"x": 1}, "use_bdlora": {"x": 1},
     "kasa_config": {"x": 1}, "velora_config": {"x": 1}, "monteclora_config": {"x": 1}, "lora_ga_config": {"x": 1},
     "a_feature_of_tomorrow": True, "r": 0, "lora_alpha": "8", "rank_pattern": {"(a+)+b": 4}, "alpha_pattern": [1],
+    "target_modules": [1],
 }  # fmt: skip
 
 

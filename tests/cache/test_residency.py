@@ -26,10 +26,10 @@ from cache.residency import (
 DIGESTS = [f"d{number}" for number in range(12)]
 sizes = st.integers(1, 50)
 residents = st.lists(
-    st.builds(Resident, st.sampled_from(DIGESTS), sizes, st.floats(0, 100), st.booleans()),
+    st.builds(Resident, st.sampled_from(DIGESTS), sizes, st.integers(0, 9), st.booleans(), st.booleans()),
     unique_by=lambda resident: resident.digest,
 )
-wishes = st.lists(st.builds(Wanted, st.sampled_from(DIGESTS), sizes))
+wishes = st.lists(st.builds(Wanted, st.sampled_from(DIGESTS), sizes, st.booleans()), unique_by=lambda want: want.digest)
 
 
 @given(residents, wishes, st.integers(0, 200))
@@ -41,6 +41,9 @@ def test_a_plan_keeps_what_is_kept_and_fits_the_budget(here: list[Resident], wan
     # Nothing kept and nothing wanted is evicted, nothing twice
     assert all(not by_digest[digest].kept and digest not in want_sizes for digest in decided.evictions)
     assert len(set(decided.evictions)) == len(decided.evictions)
+    # What is expected goes only for something urgent
+    if not any(want.urgent for want in wanted):
+        assert not any(by_digest[digest].expected for digest in decided.evictions)
     # Loads fit into what is free now, before any eviction is done
     assert sum(want_sizes[digest] for digest in decided.loads) <= spare
     # Every wish not there yet is answered in exactly one way
@@ -65,14 +68,28 @@ def test_following_plans_ends_with_everything_loaded_that_can_be(
         assert sum(resident.size_bytes for resident in state.values()) <= budget
         if not decided.evictions and not decided.loads:
             break
-    # What still waits could not be helped by evicting everything that may go
-    fixed = sum(r.size_bytes for r in state.values() if r.kept or r.digest in want_sizes)
-    assert all(want_sizes[digest] > budget - fixed for digest in decided.waiting)
+    # What still waits could not be helped by evicting everything that may go for it
+    urgent = {want.digest for want in wanted if want.urgent}
+    for digest in decided.waiting:
+        stays = [r for r in state.values() if r.kept or r.digest in want_sizes or (r.expected and digest not in urgent)]
+        assert want_sizes[digest] > budget - sum(resident.size_bytes for resident in stays)
 
 
 def test_the_least_recently_used_goes_first() -> None:
     here = [Resident("new", 10, 9.0, False), Resident("old", 10, 1.0, False), Resident("kept", 10, 0.0, True)]
     assert plan(here, [Wanted("x", 10)], 30, LeastRecentlyUsed()).evictions == ("old",)
+
+
+def test_what_a_router_expects_goes_last_and_only_for_a_waiting_sequence() -> None:
+    here = [Resident("ahead", 10, 1.0, expected=True), Resident("plain", 10, 9.0)]
+    assert plan(here, [Wanted("x", 20)], 20, LeastRecentlyUsed()).evictions == ()
+    assert plan(here, [Wanted("x", 10)], 20, LeastRecentlyUsed()).evictions == ("plain",)
+    assert plan(here, [Wanted("x", 20, urgent=True)], 20, LeastRecentlyUsed()).evictions == ("plain", "ahead")
+
+
+def test_a_wish_repeated_counts_once_where_it_was_first() -> None:
+    decided = plan([], [Wanted("a", 5), Wanted("b", 5), Wanted("a", 5)], 10, LeastRecentlyUsed())
+    assert decided.loads == ("a", "b")
 
 
 def test_room_being_made_is_not_taken_by_those_behind() -> None:

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from safetensors.numpy import load_file
 
+from cache.tiers import ArtifactKey
 from loraplex.cache.v1 import residency_pb2
 from loraplex.v1 import adapter_pb2 as pb
 from servicekit.errors import ServiceError
@@ -37,6 +38,13 @@ async def refused(call: Any) -> ServiceError:
 
 def other(cache: Cache, name: str, seed: int = 1) -> Path:
     return write_adapter(cache.root / name, make_tensors(seed=seed))
+
+
+def lose(cache: Cache, digest: str) -> None:
+    """The file on disk is gone, and the host tier has given it up."""
+    key = ArtifactKey(digest, "float32")
+    cache.manager.shelf._unstage(key)
+    cache.manager.shelf.disk.path(key).unlink()
 
 
 def tiers(adapter: pb.Adapter) -> set[int]:
@@ -154,7 +162,7 @@ async def test_a_full_device_gives_up_what_was_not_used_for_longest_and_never_wh
     await engine.want(digests[3])
     await asyncio.sleep(0.1)
     assert digests[3] not in engine.resident
-    await engine.use(digests[2])
+    await engine.use(digests[2], digests[3])
     await eventually(lambda: digests[3] in engine.resident)
     assert engine.resident.keys() == {digests[2], digests[3]}
 
@@ -200,7 +208,7 @@ async def test_deletion_waits_for_running_sequences_unless_forced(cache: Cache, 
     await eventually(lambda: digest in engine.resident)
     await engine.use(digest)
     deletion = asyncio.ensure_future(cache.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter_id="a")))
-    await eventually(lambda: cache.manager.records["a"].state == "draining")
+    await eventually(lambda: cache.manager.view.records["a"].state == "draining")
     assert (await get(cache)).state == pb.Adapter.STATE_DRAINING
     assert not deletion.done()
     await engine.use()
@@ -208,7 +216,7 @@ async def test_deletion_waits_for_running_sequences_unless_forced(cache: Cache, 
     assert (await refused(get(cache))).reason == "ADAPTER_NOT_FOUND"
     # Its bytes are given back everywhere
     await eventually(lambda: not engine.resident)
-    await eventually(lambda: not cache.manager.host.sizes() and not cache.manager.disk.sizes())
+    await eventually(lambda: not cache.manager.shelf.host.sizes() and not cache.manager.shelf.disk.sizes())
 
     digest = (await register(cache)).digest
     await engine.want(digest)
@@ -271,7 +279,7 @@ async def test_redis_killed_serving_goes_on_and_nothing_is_lost(cache: Cache, en
     await eventually(lambda: digest in engine.resident)
     # Back again, with its data
     store.start()
-    await eventually(lambda: cache.manager.reachable)
+    await eventually(lambda: cache.manager.link.reachable)
     assert (await register(cache, "b")).adapter_id == "b"
     assert (await get(cache)).digest == digest
 
@@ -282,10 +290,10 @@ async def test_a_redis_that_comes_back_empty_gets_the_adapters_back(
     digest = (await register(cache)).digest
     store.kill()
     shutil.rmtree(store.folder / "appendonlydir")
-    await eventually(lambda: not cache.manager.reachable, 10)
+    await eventually(lambda: not cache.manager.link.reachable, 10)
     store.start()
-    await eventually(lambda: cache.manager.reachable)
-    record = await cache.manager.registry.read("a")
+    await eventually(lambda: cache.manager.link.reachable)
+    record = await cache.manager.link.registry.read("a")
     assert record is not None and record.digest == digest
 
 
@@ -307,9 +315,7 @@ async def test_a_restarted_cache_finds_adapters_and_files(store: Store, tmp_path
 
 async def test_a_lost_file_is_read_from_its_source_again(cache: Cache, engine: FakeEngine) -> None:
     digest = (await register(cache)).digest
-    for tier, known in ((cache.manager.disk, cache.manager._on_disk), (cache.manager.host, cache.manager._on_host)):
-        tier.remove(digest, "float32")
-        known.clear()
+    lose(cache, digest)
     await engine.want(digest)
     await eventually(lambda: digest in engine.resident)
 
@@ -317,12 +323,10 @@ async def test_a_lost_file_is_read_from_its_source_again(cache: Cache, engine: F
 async def test_a_source_that_changed_meanwhile_is_not_taken_for_the_version(cache: Cache, engine: FakeEngine) -> None:
     digest = (await register(cache)).digest
     write_adapter(cache.root / "a", make_tensors(seed=9))
-    for tier, known in ((cache.manager.disk, cache.manager._on_disk), (cache.manager.host, cache.manager._on_host)):
-        tier.remove(digest, "float32")
-        known.clear()
+    lose(cache, digest)
     await engine.want(digest)
     await eventually(lambda: bool(engine.refusals))
-    assert engine.refusals[0].reason == "DIGEST_MISMATCH"
+    assert engine.refusals[0].reason == "SOURCE_CHANGED"
 
 
 async def test_two_caches_share_one_registry(store: Store, tmp_path: Path) -> None:
@@ -331,11 +335,11 @@ async def test_two_caches_share_one_registry(store: Store, tmp_path: Path) -> No
         for engine in engines:
             await engine.attach()
         digest = (await register(one)).digest
-        await eventually(lambda: "a" in two.manager.records)
+        await eventually(lambda: "a" in two.manager.view.records)
         await engines[1].want(digest)
         await eventually(lambda: digest in engines[1].resident)
         await eventually(lambda: any(node == "node-1" for node, *_ in one.manager.residency(digest)))
         await two.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter_id="a"))
-        await eventually(lambda: "a" not in one.manager.records)
+        await eventually(lambda: "a" not in one.manager.view.records)
         for engine in engines:
             engine.leave()

@@ -1,0 +1,366 @@
+"""The artifacts of this node, on DISK and in the HOST tier: brought up once however many ask, given up when there is no room.
+
+Owned by the manager and called on its event loop; state changes only between awaits. Blocking file work goes to a thread,
+and every artifact's place follows the table in cache/residency.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cache import metrics
+from cache.artifact import TARGET_DTYPES, AdapterFiles, Artifact, BaseDescription, build_artifact
+from cache.errors import AdapterTooLarge, ArtifactDamaged, SourceChanged, TierFull, VersionNotFound
+from cache.residency import EvictionPolicy, Move, Place, Resident, Wanted, moved, plan, retry_delay
+from cache.sources import Source
+from cache.tiers import ArtifactKey, FileTier
+from servicekit.errors import Internal, ServiceError
+from servicekit.tracing import context_from, end_span, start_span
+
+_log = logging.getLogger(__name__)
+
+# An adapter is in memory as file, as tensors and packed while it is being built.
+BUILDS_AT_ONCE = 2
+ON_DISK = frozenset({Place.DISK, Place.STAGING, Place.HOST})
+# The move a job begins with -> the moves it ends with: when it did what it should, and when it did not.
+_ENDS = {Move.FETCH: (Move.STORE, Move.FAIL), Move.STAGE: (Move.STAGED, Move.UNSTAGE)}
+
+
+@dataclass
+class Held:
+    """Where one artifact is on this node; one that was never heard of is REMOTE."""
+
+    place: Place
+    size_bytes: int = 0
+    last_used: float = 0.0
+
+
+@dataclass
+class Wish:
+    """An artifact that should come to the host tier.
+
+    Attributes:
+        patient: an engine wants it, and waits until there is room.
+        waiters: callers who are told when it is there, or that there is no room.
+    """
+
+    traceparent: str
+    patient: bool = False
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+@dataclass
+class Failure:
+    """A version that could not be brought up: why, how often in a row, and when it is tried again."""
+
+    error: ServiceError
+    count: int
+    retry_at: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What has to be known to make an artifact again: where its adapter came from, and the base."""
+
+    source_uri: str
+    base: BaseDescription
+
+
+class Shelf:
+    """See the module.
+
+    Args:
+        origin_of: where a version came from; None when no adapter points to it.
+        changed: called with a digest whose place has changed, or for which a wish has ended.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        disk: FileTier,
+        host: FileTier,
+        origin_of: Callable[[str], Origin | None],
+        changed: Callable[[str], None],
+    ) -> None:
+        self.disk, self.host = disk, host
+        self._source, self._origin_of, self._changed = source, origin_of, changed
+        self._held: dict[ArtifactKey, Held] = {}
+        self._wishes: dict[ArtifactKey, Wish] = {}
+        self._failures: dict[str, Failure] = {}
+        self._jobs: dict[ArtifactKey, asyncio.Task[ServiceError | None]] = {}
+        self._builds = asyncio.Semaphore(BUILDS_AT_ONCE)
+
+    async def open(self) -> None:
+        """Finds what an earlier process left in the tiers."""
+        on_disk = await asyncio.to_thread(self.disk.sizes)
+        on_host = await asyncio.to_thread(self.host.sizes)
+        for key, size in on_disk.items():
+            self._move(key, Move.FIND, size)
+        for key, size in on_host.items():
+            if on_disk.get(key) != size:
+                self.host.remove(key)
+                continue
+            self._move(key, Move.STAGE)
+            self._move(key, Move.STAGED)
+
+    async def close(self) -> None:
+        """Ends what is under way."""
+        for job in self._jobs.values():
+            job.cancel()
+        await asyncio.gather(*self._jobs.values(), return_exceptions=True)
+
+    # What is where
+
+    def place(self, key: ArtifactKey) -> Place:
+        """Where an artifact is."""
+        held = self._held.get(key)
+        return held.place if held else Place.REMOTE
+
+    def places(self, digest: str) -> list[Place]:
+        """The tiers that hold a version in any number type."""
+        found = {self.place(ArtifactKey(digest, dtype)) for dtype in TARGET_DTYPES}
+        return [tier for tier, at in ((Place.DISK, ON_DISK), (Place.HOST, {Place.HOST})) if found & at]
+
+    def size(self, key: ArtifactKey) -> int:
+        """Bytes of an artifact; 0 when it is not here."""
+        held = self._held.get(key)
+        return held.size_bytes if held else 0
+
+    def count(self, place: Place) -> int:
+        """How many artifacts are in a place."""
+        return sum(held.place is place for held in self._held.values())
+
+    def touch(self, key: ArtifactKey) -> None:
+        """Notes that an artifact is being used."""
+        if key in self._held:
+            self._held[key].last_used = time.monotonic()
+
+    def failure(self, digest: str) -> ServiceError | None:
+        """Why a version cannot be brought up now; None when it may be tried."""
+        failure = self._failures.get(digest)
+        return failure.error if failure is not None and failure.retry_at > time.monotonic() else None
+
+    def fail(self, digest: str, error: ServiceError) -> None:
+        """Notes that a version could not be brought up; it is tried again later and later."""
+        count = self._failures[digest].count + 1 if digest in self._failures else 1
+        self._failures[digest] = Failure(error, count, time.monotonic() + retry_delay(count, random.random))
+        _log.warning("version %s cannot be brought up: %s", digest[:12], error.message)
+
+    def succeeded(self, digest: str) -> None:
+        """Forgets that a version could not be brought up."""
+        self._failures.pop(digest, None)
+
+    # Bringing artifacts up
+
+    async def build(self, source_uri: str, base: BaseDescription, traceparent: str = "") -> Artifact:
+        """Reads an adapter from its source, validates and packs it."""
+        span = start_span("adapter.load disk", parent=context_from(traceparent))
+
+        def read_and_build() -> Artifact:
+            files: AdapterFiles = self._source.read(source_uri)
+            return build_artifact(files, base)
+
+        try:
+            async with self._builds:
+                artifact = await asyncio.to_thread(read_and_build)
+        except ServiceError as error:
+            metrics.FETCHES.labels(error.reason).inc()
+            end_span(span, error)
+            raise
+        except BaseException as error:
+            end_span(span, error)
+            raise
+        metrics.FETCHES.labels("ok").inc()
+        span.set_attributes(
+            {"loraplex.adapter_digest": artifact.digest, "loraplex.adapter_bytes": len(artifact.packed)}
+        )
+        end_span(span)
+        return artifact
+
+    async def store(self, artifact: Artifact, dtype: str) -> None:
+        """Puts an artifact on disk, unless it is there. Raises TierFull or TierFailed."""
+        key = ArtifactKey(artifact.digest, dtype)
+        while self.place(key) not in ON_DISK:
+            if key in self._jobs:
+                # Someone else's failure says nothing about this content.
+                await asyncio.shield(self._jobs[key])
+                continue
+            error = await asyncio.shield(
+                self._start(key, Move.FETCH, asyncio.to_thread(self.disk.write, key, artifact.packed))
+            )
+            if error is not None:
+                raise error
+        self.succeeded(artifact.digest)
+
+    async def bring_to_disk(self, key: ArtifactKey) -> None:
+        """Returns when an artifact is on disk, or raises why it cannot be."""
+        if self.place(key) not in ON_DISK:
+            error = await asyncio.shield(self._jobs.get(key) or self._start_fetch(key, ""))
+            if error is not None:
+                raise error
+
+    async def bring_to_host(self, key: ArtifactKey) -> None:
+        """Returns when an artifact is in the host tier, or raises why it cannot be; does not wait for room."""
+        self.succeeded(key.digest)
+        if self.place(key) is not Place.HOST:
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._wishes.setdefault(key, Wish("")).waiters.append(told)
+            self._changed(key.digest)
+            await told
+
+    def wish(self, key: ArtifactKey, traceparent: str) -> None:
+        """Asks for an artifact to be in the host tier, as soon as there is room; nothing while it must not be tried."""
+        if self.place(key) is not Place.HOST and self.failure(key.digest) is None:
+            self._wishes.setdefault(key, Wish(traceparent)).patient = True
+
+    def advance(self, needed: Collection[ArtifactKey], policy: EvictionPolicy) -> None:
+        """Moves every wish a step on; never evicts from the host tier what is `needed` there or wished for."""
+        for key, wish in list(self._wishes.items()):
+            if self.place(key) is Place.HOST:
+                self._end(key, None)
+            elif self.place(key) in (Place.REMOTE, Place.FAILED):
+                self._start_fetch(key, wish.traceparent)
+        names = {key.name: key for key in self._wishes if self.place(key) is Place.DISK}
+        while names:
+            wanted = [Wanted(name, self.size(key)) for name, key in names.items()]
+            decided = plan(self._residents(needed), wanted, self.host.budget_bytes, policy)
+            for name in decided.hopeless:
+                key = names.pop(name)
+                error = AdapterTooLarge("host", self.size(key), self.host.budget_bytes)
+                self.fail(key.digest, error)
+                self._end(key, error)
+                self._changed(key.digest)
+            for name in decided.loads:
+                key = names.pop(name)
+                self._start(key, Move.STAGE, self._stage(key, self._wishes[key].traceparent))
+            for name in decided.evictions:
+                self._unstage(ArtifactKey.of(name))
+            if not decided.evictions:
+                break
+        if names and not self.count(Place.STAGING):
+            self._give_up_waiting(list(names.values()))
+
+    def collect(self, alive: Collection[str]) -> None:
+        """Removes what no one points to any more."""
+        for key, held in list(self._held.items()):
+            if key.digest in alive or key in self._jobs or key in self._wishes:
+                continue
+            if held.place is Place.HOST:
+                self._unstage(key)
+            if held.place is Place.DISK:
+                self.disk.remove(key)
+                self._move(key, Move.DROP)
+            del self._held[key]
+        for digest in self._failures.keys() - set(alive):
+            del self._failures[digest]
+
+    # Jobs: at most one per artifact, each begins with one move and ends with another
+
+    def _start(
+        self, key: ArtifactKey, begin: Move, work: Coroutine[Any, Any, int]
+    ) -> asyncio.Task[ServiceError | None]:
+        self._move(key, begin)
+        self._jobs[key] = job = asyncio.create_task(self._job(key, begin, work))
+        return job
+
+    def _start_fetch(self, key: ArtifactKey, traceparent: str) -> asyncio.Task[ServiceError | None]:
+        return self._start(key, Move.FETCH, self._fetch(key, traceparent))
+
+    async def _job(self, key: ArtifactKey, begin: Move, work: Coroutine[Any, Any, int]) -> ServiceError | None:
+        """Does work that returns an artifact's bytes; returns why it failed, which it also has told everyone who waits."""
+        done, undone = _ENDS[begin]
+        error: ServiceError | None = None
+        size = 0
+        try:
+            size = await work
+        except ServiceError as refused:
+            error = refused
+        except Exception:  # noqa: BLE001 - an artifact must not stay half-way for ever
+            _log.exception("bringing up %s failed", key.digest[:12])
+            error = Internal("bringing the adapter up failed, see the cache's log", "LOAD_FAILED")
+        finally:
+            del self._jobs[key]
+        if error is None:
+            self._move(key, done, size)
+            if done is Move.STAGED:
+                self.succeeded(key.digest)
+        else:
+            damaged = isinstance(error, ArtifactDamaged)
+            self._move(key, Move.FAIL if damaged else undone)
+            if damaged and key.digest not in self._failures:
+                # Mended by fetching again, and that at once; the second time in a row it waits like any failure.
+                self._failures[key.digest] = Failure(error, count=1, retry_at=time.monotonic())
+            else:
+                self.fail(key.digest, error)
+                self._end(key, error)
+        self._changed(key.digest)
+        return error
+
+    async def _fetch(self, key: ArtifactKey, traceparent: str) -> int:
+        """Makes a version once more from its source: it was never here, or its file is lost."""
+        origin = self._origin_of(key.digest)
+        if origin is None:
+            raise VersionNotFound(key.digest)
+        artifact = await self.build(origin.source_uri, replace(origin.base, dtype=key.dtype), traceparent)
+        if artifact.digest != key.digest:
+            raise SourceChanged(origin.source_uri, key.digest, artifact.digest)
+        return await asyncio.to_thread(self.disk.write, key, artifact.packed)
+
+    async def _stage(self, key: ArtifactKey, traceparent: str) -> int:
+        span = start_span("adapter.load host", parent=context_from(traceparent))
+        span.set_attributes({"loraplex.adapter_digest": key.digest, "loraplex.adapter_bytes": self.size(key)})
+        try:
+            size = await asyncio.to_thread(self.host.copy_from, self.disk, key)
+        except BaseException as error:
+            end_span(span, error)
+            raise
+        end_span(span)
+        return size
+
+    def _unstage(self, key: ArtifactKey) -> None:
+        """Gives the room of an artifact in the host tier back; an engine that has mapped it keeps its mapping."""
+        self.host.remove(key)
+        self._move(key, Move.UNSTAGE)
+        metrics.EVICTIONS.labels("host").inc()
+        self._changed(key.digest)
+
+    def _end(self, key: ArtifactKey, error: ServiceError | None) -> None:
+        """Ends a wish, fulfilled or not."""
+        wish = self._wishes.pop(key, None)
+        for told in wish.waiters if wish else ():
+            if not told.done():
+                told.set_exception(error) if error else told.set_result(None)
+
+    def _give_up_waiting(self, keys: Iterable[ArtifactKey]) -> None:
+        """Tells callers that there is no room, and nothing on its way that could make some; engines go on waiting."""
+        for key in keys:
+            wish = self._wishes[key]
+            if wish.waiters:
+                self._end(key, TierFull(self.host.name, self.size(key), self.host.free_bytes))
+                if wish.patient:
+                    self._wishes[key] = Wish(wish.traceparent, patient=True)
+
+    def _residents(self, needed: Collection[ArtifactKey]) -> list[Resident]:
+        return [
+            Resident(
+                key.name,
+                held.size_bytes,
+                held.last_used,
+                kept=held.place is Place.STAGING or key in needed or key in self._wishes,
+            )
+            for key, held in self._held.items()
+            if held.place in (Place.STAGING, Place.HOST)
+        ]
+
+    def _move(self, key: ArtifactKey, move: Move, size_bytes: int = 0) -> None:
+        held = self._held.setdefault(key, Held(Place.REMOTE))
+        held.place = moved(held.place, move)
+        held.size_bytes = size_bytes or held.size_bytes
+        if held.place is Place.HOST:
+            held.last_used = time.monotonic()
