@@ -62,6 +62,7 @@ class Server:
             [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
             self.grpc,
         )
+        _check(listen)
         try:
             self.port = self.grpc.add_insecure_port(listen)
         except RuntimeError:
@@ -80,6 +81,13 @@ class Server:
         """Refuses new RPCs, waits `grace` seconds at most for running ones, then ends them."""
         await self.health.enter_graceful_shutdown()
         await self.grpc.stop(grace)
+
+
+def _check(listen: str) -> None:
+    # gRPC takes the port modulo 65536, and makes one up when there is none.
+    port = listen.rpartition(":")[2]
+    if not listen.startswith("unix:") and not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise StartupError(f"cannot listen on {listen}: it must end with a port from 0 to 65535")
 
 
 async def stop_requested() -> None:

@@ -1,4 +1,4 @@
-"""A real OTLP endpoint for tests: `collector.endpoint` goes to OTEL_EXPORTER_OTLP_ENDPOINT, `collector.spans()` is what came."""
+"""A real OTLP endpoint: `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT, `spans()` is what has come."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class ReceivedSpan:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Receives spans over OTLP (gRPC) on a port of its own. Safe to read from any thread."""
+    """Receives spans over OTLP (gRPC), on a port of its own unless told otherwise. Safe to read from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen: str = "127.0.0.1:0") -> None:
         self._lock = threading.Lock()
         self._spans: list[ReceivedSpan] = []
         self._server = grpc.server(ThreadPoolExecutor(max_workers=2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port(listen)}"
         self._server.start()
 
     def Export(
