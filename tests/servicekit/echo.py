@@ -66,7 +66,7 @@ class EchoServer:
 async def echo_server(**handlers: Callable[..., Any]) -> AsyncIterator[EchoServer]:
     """Serves test.Echo with the handlers named: unary, stream, collect, chat."""
     server = Server()
-    methods = {name: MAKERS[name](handler) for name, handler in handlers.items()}
+    methods: dict[str, Any] = {name: MAKERS[name](handler) for name, handler in handlers.items()}
     server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
     await server.start("127.0.0.1:0", ["test.Echo"])
     try:

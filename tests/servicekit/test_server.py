@@ -18,11 +18,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from servicekit.errors import StartupError
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server
-from tests.servicekit.echo import echo_server
+from tests.servicekit.echo import EchoServer, echo_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SECONDS = 10
+
+
+def health_stub(channel: grpc.aio.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)
 
 
 async def answer(request: bytes, context: Any) -> bytes:
@@ -51,14 +55,14 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
     await server.start(f"unix:{tmp_path}/s", ["test.Echo"])
     await server.set_serving(True)
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
-        assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
+        assert (await health_stub(channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
     await server.drain(0)
 
 
 @pytest.mark.parametrize("name", ["", "test.Echo"])
 async def test_health_of_every_name_is_not_serving_until_told(name: str) -> None:
     async with echo_server(unary=answer) as running:
-        stub = health_pb2_grpc.HealthStub(running.channel)
+        stub = health_stub(running.channel)
         request = health_pb2.HealthCheckRequest(service=name)
         assert (await stub.Check(request)).status == NOT_SERVING
         await running.server.set_serving(True)
@@ -67,7 +71,7 @@ async def test_health_of_every_name_is_not_serving_until_told(name: str) -> None
 
 async def test_health_can_be_watched_and_drain_is_seen() -> None:
     async with echo_server(unary=answer) as running:
-        watch = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest())
+        watch = health_stub(running.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == NOT_SERVING
         await running.server.set_serving(True)
         assert (await watch.read()).status == SERVING
@@ -79,7 +83,7 @@ async def test_health_can_be_watched_and_drain_is_seen() -> None:
 
 async def test_reflection_lists_the_services() -> None:
     async with echo_server(unary=answer) as running:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.channel)  # type: ignore[arg-type]
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         names = {service.name for service in (await call.read()).list_services_response.service}
         call.cancel()
@@ -119,7 +123,7 @@ async def test_drain_lets_running_calls_finish_and_takes_no_new_ones() -> None:
         await asyncio.sleep(0.1)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}") as late:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await late.unary_unary("/test.Echo/unary")(b"")
+                await EchoServer(running.server, late).unary()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         go_on.set()
         assert await call == b"finished"
