@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span
+
 from cache.artifact import BaseDescription
 from cache.residency import DeviceMove, DevicePlace, EvictionPolicy, Plan, Resident, Wanted, device_moved, plan
 from cache.tiers import ArtifactKey
 from servicekit.errors import ServiceError
+from servicekit.tracing import end_span
 
 # How long a wish of a router is remembered, and how long what was loaded for it is kept before it was used.
 LOOK_AHEAD_SECONDS = 10.0
@@ -80,6 +83,7 @@ class Engine:
         commands: what the engine is to be told next; None ends its stream.
         wants: digests that should come to the device, in the order they were asked for.
         refused: why the last want of a digest was given up; until it is wanted again.
+        load_spans: the span of each load under way, below the request that asked for it.
     """
 
     engine_id: str
@@ -90,6 +94,7 @@ class Engine:
     wants: dict[str, Want] = field(default_factory=dict)
     refused: dict[str, ServiceError] = field(default_factory=dict)
     in_use: frozenset[str] = frozenset()
+    load_spans: dict[str, Span] = field(default_factory=dict)
 
     def key(self, digest: str) -> ArtifactKey:
         """The artifact of a version that this engine loads."""
@@ -139,6 +144,11 @@ class Engine:
         self.wants.pop(digest, None)
         self.refused[digest] = error
         self.commands.put_nowait(Refuse(digest, error))
+
+    def end_load_span(self, digest: str, error: BaseException | None = None) -> None:
+        """Ends the span of a load, if this cache began it."""
+        if (span := self.load_spans.pop(digest, None)) is not None:
+            end_span(span, error)
 
     def settle(self, now: float) -> None:
         """Forgets wants that are fulfilled or have ended."""

@@ -28,6 +28,7 @@ from cache.sources import Source
 from cache.tiers import ArtifactKey, FileTier
 from cache.view import View
 from servicekit.errors import ServiceError
+from servicekit.tracing import context_from, start_span, traceparent_of
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +132,10 @@ class Manager:
             return
         size = self.shelf.size(key)
         engine.move(digest, DeviceMove.LOAD, size, now)
-        engine.commands.put_nowait(Load(digest, str(self.shelf.host.path(key)), size, traceparent))
+        span = start_span("adapter.load", parent=context_from(traceparent))
+        span.set_attributes({"loraplex.adapter_digest": digest, "loraplex.engine_id": engine.engine_id})
+        engine.load_spans[digest] = span
+        engine.commands.put_nowait(Load(digest, str(self.shelf.host.path(key)), size, traceparent_of(span)))
         self.shelf.touch(key)
         metrics.LOADS.inc()
 
@@ -204,6 +208,8 @@ class Manager:
         """Forgets an engine whose stream has ended."""
         if self.engines.get(engine.engine_id) is engine:
             del self.engines[engine.engine_id]
+            for digest in list(engine.load_spans):
+                engine.end_load_span(digest, ConnectionError("the engine's stream ended"))
             _log.info("engine %s detached", engine.engine_id)
             self._announce(*engine.device)
 
@@ -233,6 +239,7 @@ class Manager:
 
     def loaded(self, engine: Engine, digest: str, device_bytes: int) -> None:
         """An engine has brought an artifact to its device."""
+        engine.end_load_span(digest)
         if engine.place(digest) is DevicePlace.LOADING:
             engine.move(digest, DeviceMove.LOADED, device_bytes)
         elif engine.place(digest) is DevicePlace.ABSENT:
@@ -243,6 +250,7 @@ class Manager:
 
     def load_failed(self, engine: Engine, digest: str, error: ServiceError) -> None:
         """An engine could not bring an artifact to its device."""
+        engine.end_load_span(digest, error)
         if engine.place(digest) is DevicePlace.LOADING:
             engine.move(digest, DeviceMove.LOAD_FAILED)
         self.shelf.fail(digest, error)
