@@ -65,7 +65,10 @@ class AdapterRecord:
     def from_json(text: str) -> AdapterRecord:
         """A stored record; fields of a newer cache are left alone. Raises ValueError, KeyError or TypeError."""
         known = {each.name for each in dataclasses.fields(AdapterRecord)}
-        fields = {name: value for name, value in json.loads(text).items() if name in known}
+        stored = json.loads(text)
+        if not isinstance(stored, dict):
+            raise ValueError("not an object")
+        fields = {name: value for name, value in stored.items() if name in known}
         return AdapterRecord(**{**fields, "target_modules": tuple(fields["target_modules"]), "stored": text})
 
 

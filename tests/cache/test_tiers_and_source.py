@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cache.errors import ArtifactDamaged, MalformedAdapter, SourceNotFound, TierFull
+from cache.errors import ArtifactDamaged, MalformedAdapter, SourceNotFound, TierFailed, TierFull
 from cache.sources import FileSource, scheme_of
 from cache.tiers import ArtifactKey, FileTier
-from servicekit.errors import InvalidField, NotImplementedYet
+from servicekit.errors import InvalidField, NotImplementedYet, StartupError
 from tests.cache.conftest import write_adapter
 
 A, B = ArtifactKey("a", "float32"), ArtifactKey("b", "float32")
@@ -131,3 +133,73 @@ def test_missing_and_malformed_sources(source: FileSource, tmp_path: Path) -> No
     for uri in ("", "x", "ftp://x", "file://" + "x" * 3000):
         with pytest.raises(InvalidField):
             scheme_of(uri)
+
+
+def test_writers_at_once_stay_within_the_budget_together(tmp_path: Path) -> None:
+    tier = FileTier("disk", tmp_path / "disk", 1000)
+    outcomes: list[bool] = []
+
+    def write(number: int) -> None:
+        try:
+            outcomes.append(tier.write(ArtifactKey(f"k{number}", "float32"), b"x" * 300) == 300)
+        except TierFull:
+            outcomes.append(False)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(16)))
+    assert sum(outcomes) == 3 and sum(tier.sizes().values()) == 900
+
+
+@pytest.mark.parametrize("number, error", [(errno.ENOSPC, TierFull), (errno.EIO, TierFailed)])
+def test_a_write_that_fails_leaves_nothing_and_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    tier = FileTier("disk", tmp_path / "disk", 100)
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(error):
+        tier.write(A, b"x" * 100)
+    monkeypatch.undo()
+    assert not list(tier.folder.iterdir())
+    assert tier.write(A, b"x" * 100) == 100
+
+
+def test_a_folder_that_is_not_ours_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    with pytest.raises(StartupError, match="not a folder of this user"):
+        FileTier("host", tmp_path / "link", 100)
+    tier = FileTier("host", tmp_path / "theirs", 100)
+    assert tier.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_links_within_the_roots_is_read(source: FileSource, tmp_path: Path) -> None:
+    """As the Hugging Face cache lays its snapshots out."""
+    write_adapter(tmp_path / "root" / "blobs")
+    snapshot = tmp_path / "root" / "snapshots" / "v1"
+    snapshot.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert source.read(f"file://{snapshot}") == source.read(f"file://{tmp_path}/root/blobs")
+
+
+def test_a_part_of_the_path_swapped_for_a_link_is_not_followed(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_adapter(tmp_path / "root" / "deep" / "a")
+    write_adapter(tmp_path / "outside" / "a")
+    resolve = Path.resolve
+
+    def resolve_then_swap(path: Path, strict: bool = False) -> Path:
+        found = resolve(path, strict)
+        if path.name == "adapter_config.json" and not (tmp_path / "root" / "deep").is_symlink():
+            (tmp_path / "root" / "deep").rename(tmp_path / "root" / "before")
+            (tmp_path / "root" / "deep").symlink_to(tmp_path / "outside")
+        return found
+
+    monkeypatch.setattr(Path, "resolve", resolve_then_swap)
+    with pytest.raises(MalformedAdapter, match="changed meanwhile"):
+        source.read(f"file://{folder}")
