@@ -39,7 +39,7 @@ class Adapters:
             raise BaseUnknown
         # Asked before the work is done: a registry that was just lost shows here.
         await self._link.registry.read(asked.adapter_id)
-        artifact = await self._shelf.build(asked.source_uri, base)
+        artifact = await self._manager.builder.build(asked.source_uri, base)
         if expected_digest is not None and artifact.digest != expected_digest:
             raise DigestMismatch(expected_digest, artifact.digest)
         with self._manager.protected(artifact.digest):
@@ -152,7 +152,7 @@ class Adapters:
         engines = list(self._manager.engines.values())
         if not engines:
             raise NoEngine
-        self._shelf.succeeded(digest)
+        self._shelf.forgive(digest)
         for engine in engines:
             engine.want(digest, "", math.inf)
         self._manager.wake()

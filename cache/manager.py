@@ -18,6 +18,7 @@ from typing import Any
 
 from cache import metrics
 from cache.artifact import BaseDescription
+from cache.builder import Builder
 from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Load
 from cache.errors import AdapterTooLarge, BaseMismatch, EngineAttached, RankTooLarge, VersionNotFound
 from cache.registry import Registry
@@ -47,7 +48,8 @@ class Manager:
         self.node_id = node_id
         self.view = View()
         self.link = RegistryLink(registry, self.view, node_id, self._report, self.wake)
-        self.shelf = Shelf(source, disk, host, self._origin_of, self._announce)
+        self.builder = Builder(source)
+        self.shelf = Shelf(self.builder, disk, host, self._origin_of, self._announce)
         self.engines: dict[str, Engine] = {}
         self._policy = LeastRecentlyUsed()
         self._protected: Counter[str] = Counter()
@@ -245,7 +247,7 @@ class Manager:
         elif engine.place(digest) is DevicePlace.ABSENT:
             # Begun before its stream broke, or for a cache that has gone.
             engine.move(digest, DeviceMove.REPORTED, device_bytes, time.monotonic())
-        self.shelf.succeeded(digest)
+        self.shelf.forgive(digest)
         self._announce(digest)
 
     def load_failed(self, engine: Engine, digest: str, error: ServiceError) -> None:

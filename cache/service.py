@@ -8,47 +8,28 @@ import binascii
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from cache.adapters import Adapters
-from cache.artifact import TARGET_DTYPES, BaseDescription
-from cache.engines import Command, Engine, Evict, Load
+from cache.engines import Engine
 from cache.errors import AdapterNotFound
 from cache.manager import Manager
 from cache.registry import AdapterRecord
-from cache.residency import DevicePlace, Place
 from cache.sources import scheme_of
-from cache.watchers import Change, Event
+from cache.watchers import Event
+from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
-from servicekit.errors import Code, InvalidField, RemoteError, code_of
+from servicekit.errors import Code, InvalidField, RemoteError
 
 _ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 1000, 100
 MAX_WEIGHT = 1000.0
-
-# Worst first; REMOTE is not a place to bring anything to.
-_TIERS: Mapping[Place | DevicePlace, adapter_pb2.Tier.ValueType] = {
-    Place.DISK: adapter_pb2.TIER_DISK,
-    Place.HOST: adapter_pb2.TIER_HOST,
-    DevicePlace.DEVICE: adapter_pb2.TIER_DEVICE,
-}
-_PLACES = {tier: place for place, tier in _TIERS.items()}
-_KINDS = {
-    Change.RESIDENCY: adapter_pb2.AdapterEvent.KIND_RESIDENCY,
-    Change.UPDATED: adapter_pb2.AdapterEvent.KIND_UPDATED,
-    Change.REGISTERED: adapter_pb2.AdapterEvent.KIND_REGISTERED,
-    Change.DELETED: adapter_pb2.AdapterEvent.KIND_DELETED,
-}
-_STATES = {
-    "active": adapter_pb2.Adapter.STATE_ACTIVE,
-    "draining": adapter_pb2.Adapter.STATE_DRAINING,
-}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -132,7 +113,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.PreloadAdapterRequest, context: Context
     ) -> adapter_pb2.PreloadAdapterResponse:
         record = self._record(request.adapter_id)
-        place = _PLACES.get(request.tier)
+        place = PLACES.get(request.tier)
         if place is None:
             raise InvalidField("tier", "must be TIER_DISK, TIER_HOST or TIER_DEVICE", "OUT_OF_RANGE")
         await self._adapters.preload(record, place)
@@ -158,30 +139,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     def _event(self, event: Event) -> adapter_pb2.AdapterEvent:
         if event.record is None:
             return adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT_END)
-        kind = adapter_pb2.AdapterEvent.KIND_SNAPSHOT if event.change is None else _KINDS[event.change]
+        kind = adapter_pb2.AdapterEvent.KIND_SNAPSHOT if event.change is None else KINDS[event.change]
         return adapter_pb2.AdapterEvent(kind=kind, adapter=self._adapter(event.record))
 
     def _adapter(self, record: AdapterRecord) -> adapter_pb2.Adapter:
-        adapter = adapter_pb2.Adapter(
-            adapter_id=record.adapter_id,
-            source_uri=record.source_uri,
-            digest=record.digest,
-            base_model=record.base_model,
-            method=record.method,
-            rank=record.rank,
-            size_bytes=record.size_bytes,
-            pinned=record.pinned,
-            weight=record.weight,
-            state=_STATES[record.state],
-            chat_template=record.chat_template,
-            target_modules=record.target_modules,
-            residency=[
-                adapter_pb2.Residency(node_id=node_id, engine_id=engine_id, tier=_TIERS[place])
-                for node_id, engine_id, place in self._manager.residency(record.digest)
-            ],
-        )
-        adapter.create_time.FromMilliseconds(record.create_time_ms)
-        return adapter
+        return adapter_message(record, self._manager.residency(record.digest))
 
 
 class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
@@ -202,14 +164,14 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "description":
             raise InvalidField("message", "the first message must be the engine's description", "NO_DESCRIPTION")
-        engine = _engine(first.description)
+        engine = engine_from(first.description)
         await self._manager.attach(engine, first.description.resident_digests)
         reader = asyncio.create_task(self._read(engine, request_iterator))
         try:
             accepted = residency_pb2.EngineAccepted(node_id=self._manager.node_id)
             yield residency_pb2.AttachEngineResponse(accepted=accepted)
             while (command := await engine.commands.get()) is not None:
-                yield _command(command)
+                yield command_message(command)
             if reader.done():
                 # What the engine said wrong is the status its stream ends with.
                 reader.result()
@@ -241,44 +203,6 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
                 self._manager.evicted(engine, message.evicted.digest, message.evicted.evicted)
             case other:
                 raise InvalidField("message", f"{other} is not what an attached engine says", "UNEXPECTED_MESSAGE")
-
-
-def _engine(said: residency_pb2.EngineDescription) -> Engine:
-    if not said.engine_id or not said.base_digest or not said.modules:
-        raise InvalidField("description", "engine_id, base_digest and modules must be set", "INCOMPLETE_DESCRIPTION")
-    if said.dtype not in TARGET_DTYPES:
-        raise InvalidField(
-            "description.dtype", f"{said.dtype!r} is not one of {', '.join(TARGET_DTYPES)}", "UNKNOWN_DTYPE"
-        )
-    base = BaseDescription(
-        name=said.base_model,
-        digest=said.base_digest,
-        dtype=said.dtype,
-        max_rank=said.max_rank,
-        modules={module.name: (module.in_features, module.out_features) for module in said.modules},
-    )
-    return Engine(said.engine_id, base, said.device_budget_bytes)
-
-
-def _command(command: Command) -> residency_pb2.AttachEngineResponse:
-    if isinstance(command, Load):
-        load = residency_pb2.LoadArtifact(
-            digest=command.digest,
-            path=command.path,
-            size_bytes=command.size_bytes,
-            traceparent=command.traceparent,
-        )
-        return residency_pb2.AttachEngineResponse(load=load)
-    if isinstance(command, Evict):
-        evict = residency_pb2.EvictArtifact(digest=command.digest, force=command.force)
-        return residency_pb2.AttachEngineResponse(evict=evict)
-    unavailable = residency_pb2.ArtifactUnavailable(
-        digest=command.digest,
-        code=int(code_of(command.error)),
-        reason=command.error.reason,
-        message=command.error.message,
-    )
-    return residency_pb2.AttachEngineResponse(unavailable=unavailable)
 
 
 def _check_adapter_id(adapter_id: str) -> None:

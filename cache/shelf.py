@@ -10,23 +10,22 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cache import metrics
-from cache.artifact import TARGET_DTYPES, AdapterFiles, Artifact, BaseDescription, build_artifact
+from cache.artifact import TARGET_DTYPES, Artifact, BaseDescription
+from cache.builder import Builder
 from cache.errors import AdapterTooLarge, ArtifactDamaged, SourceChanged, TierFull, VersionNotFound
-from cache.residency import EvictionPolicy, Move, Place, Resident, Wanted, moved, plan, retry_delay
-from cache.sources import Source
+from cache.failures import Failures
+from cache.residency import EvictionPolicy, Move, Place, Resident, Wanted, moved, plan
 from cache.tiers import ArtifactKey, FileTier
 from servicekit.errors import Internal, ServiceError
 from servicekit.tracing import context_from, end_span, start_span
 
 _log = logging.getLogger(__name__)
 
-# An adapter is in memory as file, as tensors and packed while it is being built.
-BUILDS_AT_ONCE = 2
 ON_DISK = frozenset({Place.DISK, Place.STAGING, Place.HOST})
 # The move a job begins with -> the moves it ends with: when it did what it should, and when it did not.
 _ENDS = {Move.FETCH: (Move.STORE, Move.FAIL), Move.STAGE: (Move.STAGED, Move.UNSTAGE)}
@@ -55,15 +54,6 @@ class Wish:
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
 
-@dataclass
-class Failure:
-    """A version that could not be brought up: why, how often in a row, and when it is tried again."""
-
-    error: ServiceError
-    count: int
-    retry_at: float
-
-
 @dataclass(frozen=True)
 class Origin:
     """What has to be known to make an artifact again: where its adapter came from, and the base."""
@@ -82,19 +72,18 @@ class Shelf:
 
     def __init__(
         self,
-        source: Source,
+        builder: Builder,
         disk: FileTier,
         host: FileTier,
         origin_of: Callable[[str], Origin | None],
         changed: Callable[[str], None],
     ) -> None:
         self.disk, self.host = disk, host
-        self._source, self._origin_of, self._changed = source, origin_of, changed
+        self._builder, self._origin_of, self._changed = builder, origin_of, changed
         self._held: dict[ArtifactKey, Held] = {}
         self._wishes: dict[ArtifactKey, Wish] = {}
-        self._failures: dict[str, Failure] = {}
+        self._failures = Failures(random.random)
         self._jobs: dict[ArtifactKey, asyncio.Task[ServiceError | None]] = {}
-        self._builds = asyncio.Semaphore(BUILDS_AT_ONCE)
 
     async def open(self) -> None:
         """Finds what an earlier process left in the tiers."""
@@ -143,45 +132,18 @@ class Shelf:
 
     def failure(self, digest: str) -> ServiceError | None:
         """Why a version cannot be brought up now; None when it may be tried."""
-        failure = self._failures.get(digest)
-        return failure.error if failure is not None and failure.retry_at > time.monotonic() else None
+        return self._failures.error(digest, time.monotonic())
 
     def fail(self, digest: str, error: ServiceError) -> None:
         """Notes that a version could not be brought up; it is tried again later and later."""
-        count = self._failures[digest].count + 1 if digest in self._failures else 1
-        self._failures[digest] = Failure(error, count, time.monotonic() + retry_delay(count, random.random))
         _log.warning("version %s cannot be brought up: %s", digest[:12], error.message)
+        self._failures.note(digest, error, time.monotonic())
 
-    def succeeded(self, digest: str) -> None:
+    def forgive(self, digest: str) -> None:
         """Forgets that a version could not be brought up."""
-        self._failures.pop(digest, None)
+        self._failures.forgive(digest)
 
     # Bringing artifacts up
-
-    async def build(self, source_uri: str, base: BaseDescription, traceparent: str = "") -> Artifact:
-        """Reads an adapter from its source, validates and packs it."""
-        span = start_span("adapter.load disk", parent=context_from(traceparent))
-
-        def read_and_build() -> Artifact:
-            files: AdapterFiles = self._source.read(source_uri)
-            return build_artifact(files, base)
-
-        try:
-            async with self._builds:
-                artifact = await asyncio.to_thread(read_and_build)
-        except ServiceError as error:
-            metrics.FETCHES.labels(error.reason).inc()
-            end_span(span, error)
-            raise
-        except BaseException as error:
-            end_span(span, error)
-            raise
-        metrics.FETCHES.labels("ok").inc()
-        span.set_attributes(
-            {"loraplex.adapter_digest": artifact.digest, "loraplex.adapter_bytes": len(artifact.packed)}
-        )
-        end_span(span)
-        return artifact
 
     async def store(self, artifact: Artifact, dtype: str) -> None:
         """Puts an artifact on disk, unless it is there. Raises TierFull or TierFailed."""
@@ -196,7 +158,7 @@ class Shelf:
             )
             if error is not None:
                 raise error
-        self.succeeded(artifact.digest)
+        self.forgive(artifact.digest)
 
     async def bring_to_disk(self, key: ArtifactKey) -> None:
         """Returns when an artifact is on disk, or raises why it cannot be."""
@@ -207,7 +169,7 @@ class Shelf:
 
     async def bring_to_host(self, key: ArtifactKey) -> None:
         """Returns when an artifact is in the host tier, or raises why it cannot be; does not wait for room."""
-        self.succeeded(key.digest)
+        self.forgive(key.digest)
         if self.place(key) is not Place.HOST:
             told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._wishes.setdefault(key, Wish("")).waiters.append(told)
@@ -246,7 +208,7 @@ class Shelf:
         if names and not self.count(Place.STAGING):
             self._give_up_waiting(list(names.values()))
 
-    def collect(self, alive: Collection[str]) -> None:
+    def collect(self, alive: Set[str]) -> None:
         """Removes what no one points to any more."""
         for key, held in list(self._held.items()):
             if key.digest in alive or key in self._jobs or key in self._wishes:
@@ -257,8 +219,7 @@ class Shelf:
                 self.disk.remove(key)
                 self._move(key, Move.DROP)
             del self._held[key]
-        for digest in self._failures.keys() - set(alive):
-            del self._failures[digest]
+        self._failures.keep_only(alive)
 
     # Jobs: at most one per artifact, each begins with one move and ends with another
 
@@ -289,13 +250,13 @@ class Shelf:
         if error is None:
             self._move(key, done, size)
             if done is Move.STAGED:
-                self.succeeded(key.digest)
+                self.forgive(key.digest)
         else:
             damaged = isinstance(error, ArtifactDamaged)
             self._move(key, Move.FAIL if damaged else undone)
             if damaged and key.digest not in self._failures:
                 # Mended by fetching again, and that at once; the second time in a row it waits like any failure.
-                self._failures[key.digest] = Failure(error, count=1, retry_at=time.monotonic())
+                self._failures.note(key.digest, error, time.monotonic(), at_once=True)
             else:
                 self.fail(key.digest, error)
                 self._end(key, error)
@@ -307,7 +268,7 @@ class Shelf:
         origin = self._origin_of(key.digest)
         if origin is None:
             raise VersionNotFound(key.digest)
-        artifact = await self.build(origin.source_uri, replace(origin.base, dtype=key.dtype), traceparent)
+        artifact = await self._builder.build(origin.source_uri, replace(origin.base, dtype=key.dtype), traceparent)
         if artifact.digest != key.digest:
             raise SourceChanged(origin.source_uri, key.digest, artifact.digest)
         return await asyncio.to_thread(self.disk.write, key, artifact.packed)

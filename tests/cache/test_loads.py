@@ -61,7 +61,7 @@ class SlowSource:
 @contextlib.asynccontextmanager
 async def served(store: Store, folder: Path, **sizes: Any) -> AsyncIterator[tuple[Cache, FakeEngine, SlowSource]]:
     async with serve_cache(store.url, folder, **sizes) as cache:
-        slow = cache.manager.shelf._source = SlowSource(cache.manager.shelf._source)
+        slow = cache.manager.builder._source = SlowSource(cache.manager.builder._source)
         engine = FakeEngine(cache.residency)
         await engine.attach()
         yield cache, engine, slow
