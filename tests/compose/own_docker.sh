@@ -39,7 +39,8 @@ base_image() {
 }
 docker image inspect "$LORAPLEX_PYTHON_IMAGE" >/dev/null 2>&1 || timed "base image from debootstrap" base_image
 stand_ins() {
-  docker build --quiet --tag localhost/stand-ins --build-arg BASE="$LORAPLEX_PYTHON_IMAGE" tests/compose/stand_ins >/dev/null
+  docker build --quiet --tag localhost/stand-ins --build-arg BASE="$LORAPLEX_PYTHON_IMAGE" tests/compose/stand_ins >"$work/stand-ins.log" 2>&1 ||
+    { tail -n 40 "$work/stand-ins.log"; return 1; }
 }
 timed "stand-in image" stand_ins
 

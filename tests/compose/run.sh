@@ -5,6 +5,7 @@
 # Debian: LORAPLEX_TEST_DOCKER=start starts an engine of its own and makes stand-ins for what would be pulled (see
 # own_docker.sh; it says which). LORAPLEX_TEST_DOCKER_DIR names a folder to keep that engine's images in between runs.
 set -euo pipefail
+exec 3>&1
 cd "$(dirname "$0")/../.."
 
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
@@ -18,7 +19,7 @@ timed() {
   local what=$1 began=$SECONDS
   shift
   "$@"
-  say "$what: $((SECONDS - began)) s"
+  say "$what: $((SECONDS - began)) s" >&3
 }
 compose() { "${compose[@]}" -p loraplex-test "${files[@]}" "$@"; }
 
@@ -65,9 +66,12 @@ chmod -R a+rX "$work"
 say "building the images (minutes the first time: torch)"
 timed "build" build
 docker images --format '    {{.Repository}}  {{.Size}}' 'loraplex-*' | sort
+docker run --rm --network none loraplex-router python -c 'import importlib.util, sys
+sys.exit([name for name in ("torch", "numpy", "redis", "safetensors", "pydantic") if importlib.util.find_spec(name)] or 0)' ||
+  { say "the image of the router has packages that are not the router's"; exit 1; }
 say "starting the stack (the first start also prepares the demo base)"
 timed "up, healthy" compose --progress quiet up --detach --quiet-pull
-timed "adapters registered" compose wait register
+timed "adapters registered" compose wait register >/dev/null
 timed "checks" "$python" tests/compose/check.py \
   --router "$(compose port router 50051)" --jaeger "$(compose port jaeger 16686)" \
   --prometheus "$(compose port prometheus 9090)"
