@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cache.artifact import BaseDescription
 from cache.errors import RegistryUnreachable
-from cache.registry import AdapterRecord, Hint, Registry
+from cache.registry import AdapterRecord, Hint, Registry, Snapshot
 from cache.view import View
 
 _log = logging.getLogger(__name__)
@@ -65,18 +65,11 @@ class RegistryLink:
         self._reading = asyncio.Lock()
 
     async def reconcile(self) -> None:
-        """Makes the view the registry's again; a registry that was emptied gets the view's adapters back."""
+        """Makes the view the registry's again; a registry that has forgotten something gets it back from the view."""
         async with self._reading:
-            snapshot = await self.registry.load()
-            if self._epoch and snapshot.epoch != self._epoch:
-                await self._restore(snapshot.records)
-                snapshot = await self.registry.load()
-                self._newest_seen = 0
-            while snapshot.revision < self._newest_seen:
-                # Read before a change of ours was written, arrived after it.
-                snapshot = await self.registry.load()
+            snapshot = await self._load()
             self._epoch, self._revision = snapshot.epoch, snapshot.revision
-            self._newest_seen = max(self._newest_seen, snapshot.revision)
+            self._newest_seen = snapshot.revision
             if self.base is None:
                 self.base = snapshot.base
             self.view.replace_all(snapshot.records)
@@ -84,6 +77,18 @@ class RegistryLink:
             _log.info("registry in Redis at %s: %d adapters", self.registry.url, len(snapshot.records))
         self.reachable = True
         self._changed()
+
+    async def _load(self) -> Snapshot:
+        """A snapshot that holds every change this node has seen."""
+        while True:
+            seen = self._newest_seen
+            snapshot = await self.registry.load()
+            # What was seen before the question must be in the answer, or Redis was emptied or went back to an older state.
+            if self._epoch and (snapshot.epoch != self._epoch or snapshot.revision < seen):
+                await self._restore(snapshot)
+                self._epoch, self._newest_seen = snapshot.epoch, 0
+            elif snapshot.revision >= self._newest_seen:
+                return snapshot
 
     async def put(self, record: AdapterRecord, replaces: AdapterRecord | None) -> AdapterRecord | None:
         """Writes a record; None when the one there is not `replaces`."""
@@ -179,13 +184,14 @@ class RegistryLink:
             await self.reconcile()
         self._changed()
 
-    async def _restore(self, found: Mapping[str, AdapterRecord]) -> None:
-        _log.warning("Redis was emptied; restoring %d adapters from this node's view", len(self.view.records))
+    async def _restore(self, found: Snapshot) -> None:
+        """Writes again what Redis has forgotten. A deletion it has forgotten is not known here, and comes undone."""
+        lost = [record for record in self.view.records.values() if found.records.get(record.adapter_id) != record]
+        _log.warning("Redis has lost changes; restoring %d adapters from this node's view", len(lost))
         if self.base is not None:
             await self.registry.describe_base(self.base)
-        for record in list(self.view.records.values()):
-            if record.adapter_id not in found:
-                await self.registry.put(record, None)
+        for record in lost:
+            await self.registry.put(record, found.records.get(record.adapter_id))
 
     def _saw(self, revision: int) -> None:
         """Notes a change that the view has; with a gap before it, the next heartbeat reads everything."""

@@ -141,6 +141,30 @@ async def test_a_change_without_a_hint_is_noticed_by_the_next_heartbeat(
     await stranger.close()
 
 
+async def test_a_redis_that_went_back_in_time_gets_what_it_has_forgotten(
+    cache: Cache, engine: FakeEngine, store: Store
+) -> None:
+    await register(cache)
+    await register(cache, "b", cache.root / "a")
+    stranger = Registry(store.url, "test")
+    before = await stranger.read("b")
+    assert before is not None
+    await cache.adapters.UpdateAdapter(pb.UpdateAdapterRequest(adapter_id="b", weight=5.0))
+    # As after a restart from an older snapshot: the registration of a and the change of b never were
+    pipeline = stranger._redis.pipeline(transaction=True)
+    pipeline.hdel(stranger._adapter_keys[0], "a")
+    pipeline.hset(stranger._adapter_keys[0], "b", before.stored)
+    pipeline.set(stranger._adapter_keys[1], 1)
+    await pipeline.execute()
+    await asyncio.sleep(0.5)
+    records = (await stranger.load()).records
+    assert records.keys() == {"a", "b"} and records["b"].weight == 5.0
+    assert set(cache.manager.view.records) == {"a", "b"}
+    await eventually(lambda: cache.manager.link.reachable)
+    assert await register(cache, "c", cache.root / "a")
+    await stranger.close()
+
+
 async def test_a_record_that_cannot_be_read_harms_no_other(cache: Cache, engine: FakeEngine, store: Store) -> None:
     await register(cache)
     stranger = Registry(store.url, "test")
