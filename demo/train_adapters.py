@@ -29,7 +29,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 TRAINING_EXAMPLES, HELD_OUT_EXAMPLES = 400, 40
 BATCH = 8
 IGNORED = -100
-MAX_ANSWER_TOKENS = 56
+ANSWERS_AT_ONCE, MAX_ANSWER_TOKENS = 20, 56
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Score:
 
 
 RECIPES: dict[str, AdapterRecipe] = {
-    "shout": AdapterRecipe(rank=4, targets=ATTENTION + MLP, steps=150, learning_rate=2e-3),
-    "pirate": AdapterRecipe(rank=16, targets=ATTENTION, steps=70),
-    "json": AdapterRecipe(rank=8, targets=MLP, steps=50),
-    "sql": AdapterRecipe(rank=64, targets=("q_proj", "v_proj"), steps=90, rslora=True, layers=(10, 30)),
-    "emoji": AdapterRecipe(rank=32, targets=("down_proj",), steps=160),
+    "shout": AdapterRecipe(rank=4, targets=ATTENTION + MLP, steps=80, learning_rate=2e-3),
+    "pirate": AdapterRecipe(rank=16, targets=ATTENTION, steps=50),
+    "json": AdapterRecipe(rank=8, targets=MLP, steps=40),
+    "sql": AdapterRecipe(rank=64, targets=("q_proj", "v_proj"), steps=60, rslora=True, layers=(10, 30)),
+    "emoji": AdapterRecipe(rank=32, targets=("down_proj",), steps=120),
     "sentiment": AdapterRecipe(rank=8, targets=("o_proj", "gate_proj"), steps=50),
 }
 
@@ -164,14 +164,15 @@ def save(model: Any, name: str) -> None:
     weights = folder / "adapter_model.safetensors"
     tensors = {key: value.to(torch.bfloat16).contiguous() for key, value in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes for the owner alone; a service of another user reads it too
 
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     """Greedy answers to prompts, a padded batch at a time."""
     texts: list[str] = []
-    for start in range(0, len(prompts), BATCH):
-        rows = [rendered(tokenizer, prompt) for prompt in prompts[start : start + BATCH]]
+    for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+        rows = [rendered(tokenizer, prompt) for prompt in prompts[start : start + ANSWERS_AT_ONCE]]
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
