@@ -88,7 +88,7 @@ def _link(settings: Settings, engine_id: str, base: Base, adapter_bytes: int) ->
     if not settings.cache:
         return None
     dtype, device = getattr(torch, base.dtype), torch.device(base.device)
-    reader = ArtifactReader(_host_tier(settings), base.targets, dtype, device, settings.max_rank)
+    reader = ArtifactReader(_host_tier(settings), base.projections, dtype, device, settings.max_rank)
     return CacheLink(settings.cache, engine_id, base, reader, adapter_bytes)
 
 

@@ -165,7 +165,7 @@ class EngineLoop:
     def _compute(self, batch: Batch) -> list[Sampled | None]:
         """The forward pass and the next token of every row that yields one; None where its logits are not finite."""
         segments = [
-            DeviceSegment(segment.start, segment.stop, self._rows.pairs(segment.adapter, segment.generation))
+            DeviceSegment(segment.start, segment.stop, self._rows.adapter(segment.adapter, segment.generation))
             for segment in batch.segments
         ]
         logits = self._base.runner.run(batch, segments)

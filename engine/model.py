@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.attention import PAGED, KvPool, LayerShape, Probe, UnsupportedAttention, bytes_per_block
+from engine.attention import PAGED, Probe, UnsupportedAttention
 from engine.base import base_digest, locate_base, weight_files
 from engine.batch import build_batch
 from engine.blocks import BLOCK_SIZE, blocks_for
 from engine.config import Settings
-from engine.lora import ActiveAdapters, TargetModule, wrap_targets
+from engine.lanes import Lanes
+from engine.linear import ActiveAdapters, install
+from engine.lora import Projection, TargetModule
+from engine.packs import Packs
+from engine.pool import KvPool, LayerShape, bytes_per_block
 from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence
@@ -46,7 +50,8 @@ class Base:
         digest: sha256 of configuration and weights.
         context_length: most tokens of one sequence, prompt and answer together.
         block_count: KV blocks of the pool.
-        targets: linear layers adapters may target.
+        targets: linear layers adapters may target, in order of the model.
+        projections: the same, joined as they are computed.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Base:
     device: str
     block_count: int
     targets: tuple[TargetModule, ...]
+    projections: tuple[Projection, ...]
     runner: Runner
     tokenizer: Tokenizer
 
@@ -80,15 +86,19 @@ def load_base(settings: Settings) -> Base:
     tokenizer = load_tokenizer(folder, model)
     _log.info("loaded in %.1f s", time.monotonic() - started)
 
+    expected = _reference(model)
     layers = _probe(model)
-    context_length, block_count = _budget(settings, model, layers, dtype, device)
+    memory = _kv_memory(settings, device)
+    # On CPU half of the memory is for lanes, see there.
+    lane_bytes = memory // 2 if device.type == "cpu" else 0
+    context_length, block_count = _budget(settings, model, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
-    targets = wrap_targets(model, len(layers), active)
-    if device.type == "cpu":
-        _store_input_major(model, targets)
+    targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
+    packs = Packs(device)
+    pool = KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)
+    _check(model, Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device), expected, dtype)
     pool = KvPool(layers, block_count, dtype, device)
-    runner = Runner(model, pool, active, device)
-    _check(model, Runner(model, KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device), active, device), dtype)
+    runner = Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device)
 
     started = time.monotonic()
     digest = base_digest(folder)
@@ -107,6 +117,7 @@ def load_base(settings: Settings) -> Base:
         device=device.type,
         block_count=block_count,
         targets=targets,
+        projections=projections,
         runner=runner,
         tokenizer=tokenizer,
     )
@@ -136,16 +147,18 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _store_input_major(model: Any, targets: tuple[TargetModule, ...]) -> None:
-    """Lays the weights of the linear layers out as [in, out]; they look [out, in] as before.
+def _reference(model: Any) -> torch.Tensor:
+    """Logits [CHECK_TOKENS, vocab] of the check's tokens, as transformers computes them."""
+    tokens = _check_tokens(model)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits
+    return logits[0].float()
 
-    On CPU x · Wᵀ then reads W in order, which makes the matmuls of a decode step 1.6 times as fast at 8 rows and 1.9
-    times at 32; one row and long prefill stay as they are.
-    """
-    for target in targets:
-        base = model.get_submodule(target.name).base
-        if isinstance(base, torch.nn.Linear):
-            base.weight.data = base.weight.data.t().contiguous().t()
+
+def _pass(model: Any, probe: Probe) -> None:
+    tokens = _check_tokens(model)
+    with torch.inference_mode():
+        model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
 
 
 def _probe(model: Any) -> dict[int, LayerShape]:
@@ -154,11 +167,9 @@ def _probe(model: Any) -> dict[int, LayerShape]:
     if getattr(text, "attention_chunk_size", None):
         raise _refusal(model, "its attention is chunked")
     probe = Probe()
-    tokens = _check_tokens(model)
     try:
         model.set_attn_implementation(PAGED)
-        with torch.inference_mode():
-            model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
+        _pass(model, probe)
     except (UnsupportedAttention, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _refusal(model, str(error)) from None
     count = text.num_hidden_layers
@@ -167,13 +178,9 @@ def _probe(model: Any) -> dict[int, LayerShape]:
     return probe.layers
 
 
-def _check(model: Any, runner: Runner, dtype: torch.dtype) -> None:
-    """Compares prefill, a later chunk and decode with the same tokens under transformers' own attention."""
+def _check(model: Any, runner: Runner, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Compares prefill, a later chunk and decode with the same tokens as transformers computes them."""
     tokens = _check_tokens(model)
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        expected = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits[0].float()
-    model.set_attn_implementation(PAGED)
     sequence = Sequence(0, "", [], 0, blocks=list(range(1, blocks_for(CHECK_TOKENS) + 1)))
     largest = float(expected.abs().max())
     for stop in (CHECK_TOKENS // 2, CHECK_TOKENS - 1, CHECK_TOKENS):
@@ -200,16 +207,17 @@ def _refusal(model: Any, reason: str) -> StartupError:
     return StartupError(f"{type(model).__name__} cannot be served: {reason}")
 
 
-def _budget(
-    settings: Settings, model: Any, layers: dict[int, LayerShape], dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
+def _kv_memory(settings: Settings, device: torch.device) -> int:
+    """Bytes for keys and values."""
+    return settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
+
+
+def _budget(settings: Settings, model: Any, block: int, memory: int) -> tuple[int, int]:
     """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
     longest = _model_context(model)
     wanted = settings.context_length or longest
     if wanted > longest:
         raise StartupError(f"context_length {wanted} is more than the model's {longest}")
-    block = bytes_per_block(layers, dtype)
-    memory = settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
     # More than every sequence at full length can never be used.
     block_count = min(memory // block, settings.max_sequences * blocks_for(wanted))
     if block_count < 1:

@@ -134,7 +134,7 @@ class InProcess:
 
 
 def reader(base: Base, root: Path) -> ArtifactReader:
-    return ArtifactReader(os.path.realpath(root), base.targets, torch.float32, torch.device("cpu"), 512)
+    return ArtifactReader(os.path.realpath(root), base.projections, torch.float32, torch.device("cpu"), 512)
 
 
 def tiny_base(folder: Path, **settings: Any) -> Base:

@@ -36,7 +36,7 @@ def test_mixed_batch_has_the_oracles_logits_and_greedy_tokens(
     ]
     loaded = {a.digest: reader(base, tmp_path).read(a.digest, str(a.path)) for a in adapters}
     batch = build_batch(rows)
-    segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter].pairs) for s in batch.segments]
+    segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter]) for s in batch.segments]
     logits = base.runner.run(batch, segments)
 
     # Then every row has the logits of its adapter alone
