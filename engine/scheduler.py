@@ -14,9 +14,9 @@ So a prompt is through after as many steps as half of that goes into its own tok
 rounded up, whatever comes later; and into its own and those of shorter ones, whatever came earlier.
 
 A sequence in prefill goes on from the longest prefix that is in the pool, whoever computed it, at admission as at every
-step after; and it sits out a step that computes its next block for another, which costs it at most one step for each
-such other. So many that come at once with the same prompt compute it once. The last token of a sequence is always
-computed, for its logits.
+step after; and it sits out a step that computes its next block for another, which, where half of the tokens fill a
+block, costs it no more than one step for each such other. So many that come at once with the same prompt compute it
+once. The last token of a sequence is always computed, for its logits.
 
 A sequence whose adapter is not on the device is in `loading` and holds nothing; nobody waits behind it.
 
@@ -203,12 +203,12 @@ class Scheduler:
         sure = min(oldest.pending, -(-budget // 2))
         budget -= sure
         rows: list[Row] = []
-        computing = _keys_filled(oldest, sure)
+        computing = _keys_computed(oldest, sure)
         for sequence in sorted(others, key=_pending):
             count = min(sequence.pending, budget)
             if count and self._next_key(sequence) not in computing:
                 rows.append(Row(sequence, sequence.computed, count))
-                computing |= _keys_filled(sequence, count)
+                computing |= _keys_computed(sequence, count)
                 budget -= count
         return [Row(oldest, oldest.computed, min(oldest.pending, sure + budget)), *rows]
 
@@ -268,7 +268,7 @@ def _cacheable(sequence: Sequence) -> int:
     return (len(sequence.tokens) - 1) // BLOCK_SIZE
 
 
-def _keys_filled(sequence: Sequence, count: int) -> set[bytes]:
-    """Keys of the blocks that are full once a sequence has computed `count` more tokens."""
-    stop = (sequence.computed + count) // BLOCK_SIZE
-    return set(sequence.prefix_keys(stop)[sequence.computed // BLOCK_SIZE :])
+def _keys_computed(sequence: Sequence, count: int) -> set[bytes]:
+    """Keys of the full blocks that the next `count` tokens of a sequence belong to."""
+    stop = min(blocks_for(sequence.computed + count), len(sequence.tokens) // BLOCK_SIZE)
+    return set(sequence.prefix_keys(stop)[sequence.computed // BLOCK_SIZE : stop])
