@@ -65,6 +65,7 @@ async def _serve(
         max_sequences=settings.max_sequences,
         step_tokens=settings.step_tokens,
         adapter_bytes=adapter_bytes,
+        prefix_cache=settings.prefix_cache,
         report=link.report if link else _unheard,
     )
     loop.start()
