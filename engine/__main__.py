@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -44,11 +45,15 @@ async def main() -> None:
     await server.start(settings.listen, [SERVICE])
     try:
         stop = asyncio.create_task(stop_requested())
-        loading = asyncio.create_task(asyncio.to_thread(load_base, settings))
+        # In a thread that ends: while another thread has workers of its own, OpenMP lets those of the loop sleep after
+        # every product instead of waiting for the next one, and a step on CPU takes up to twice as long.
+        passing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-base")
+        loading = asyncio.get_running_loop().run_in_executor(passing, load_base, settings)
         await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
             # A load cannot be interrupted; nothing is lost by leaving it.
             os._exit(0)
+        passing.shutdown(wait=False)
         await _serve(settings, engine_id, loading.result(), server, servicer, stop)
     finally:
         # Also when the base cannot be loaded: a server that still runs would keep the process alive.

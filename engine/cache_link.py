@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import torch
 
 from engine.loop import EngineLoop
 from engine.messages import Deny, Evict, Evicted, Install, Loaded, LoadFailed, Report, Usage
@@ -46,7 +47,10 @@ class CacheLink:
         self._outbox: asyncio.Queue[wire.AttachEngineRequest] | None = None
         self._loading: set[asyncio.Task[None]] = set()
         # One thread: at most one adapter is on its way to the device beside those the budget has counted.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        # One CPU thread of torch's: more would be workers of its own, see engine/__main__.py.
+        self._executor = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="load", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def report(self, report: Report) -> None:
         """Passes on what the engine loop has to say to the cache."""

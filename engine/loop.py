@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import torch
+
 from engine import metrics
 from engine.answer import Answer
 from engine.batch import Batch, build_batch
@@ -115,6 +117,7 @@ class EngineLoop:
         self._inbox.put(message)
 
     def _run(self) -> None:
+        torch.set_num_threads(self._base.threads)
         while not self._stopping:
             try:
                 self._receive()

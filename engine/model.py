@@ -49,6 +49,7 @@ class Base:
         name: as people know it: the hub id or the folder's name.
         digest: sha256 of configuration and weights.
         context_length: most tokens of one sequence, prompt and answer together.
+        threads: CPU threads of a step, to be set by the thread that runs it: torch counts them by thread.
         block_count: KV blocks of the pool.
         targets: linear layers adapters may target, in order of the model.
         projections: the same, joined as they are computed.
@@ -61,6 +62,7 @@ class Base:
     vocab_size: int
     dtype: str
     device: str
+    threads: int
     block_count: int
     targets: tuple[TargetModule, ...]
     projections: tuple[Projection, ...]
@@ -76,8 +78,8 @@ def load_base(settings: Settings) -> Base:
     folder = locate_base(settings.model)
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
 
     size = sum(path.stat().st_size for path in weight_files(folder))
     _log.info("loading base %s: %.0f MB, %s on %s", settings.model, size / 1e6, _name(dtype), device.type)
@@ -115,6 +117,7 @@ def load_base(settings: Settings) -> Base:
         vocab_size=model.get_input_embeddings().num_embeddings,
         dtype=_name(dtype),
         device=device.type,
+        threads=threads,
         block_count=block_count,
         targets=targets,
         projections=projections,

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -29,7 +30,10 @@ def main() -> None:
     model = arguments.model or str(prepare_base(default_base_dir(), print))
     threads = arguments.threads or torch.get_num_threads()
     settings = Settings(model=model, dtype=arguments.dtype, device=arguments.device, threads=threads)
-    base = load_base(settings)
+    # Torch's workers belong to the loop alone, as in the engine: see there.
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(max_workers=1) as passing:
+        base = passing.submit(load_base, settings).result()
     wanted = cases(arguments.concurrency, arguments.adapters, arguments.popularity)
     most = max(arguments.adapters)
     print(
