@@ -48,8 +48,8 @@ async def main() -> None:
         # In a thread that ends: while another thread has workers of its own, OpenMP lets those of the loop sleep after
         # every product instead of waiting for the next one, and a step on CPU takes up to twice as long.
         passing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load-base")
-        loading = asyncio.get_running_loop().run_in_executor(passing, load_base, settings)
-        await asyncio.wait([stop, loading], return_when=asyncio.FIRST_COMPLETED)
+        loading = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(passing, load_base, settings))
+        await asyncio.wait((stop, loading), return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
             # A load cannot be interrupted; nothing is lost by leaving it.
             os._exit(0)

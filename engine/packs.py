@@ -32,10 +32,14 @@ class Alone:
     segment: DeviceSegment
 
     def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        delta = self.segment.adapter.deltas[number]
-        if delta is not None:
-            part = slice(self.segment.start, self.segment.stop)
-            delta.add(x[part], y[part])
+        segment = self.segment
+        delta = segment.adapter.deltas[number]
+        if delta is None:
+            return
+        if segment.start == 0 and segment.stop == len(x):
+            delta.add(x, y)
+        else:
+            delta.add(x[segment.start : segment.stop], y[segment.start : segment.stop])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,16 @@ class Together:
     Attributes:
         deltas: the pack's, stacked: a [n, ranks, in], b [n, rank, out].
         tokens: [n * width] which tokens.
-        real: which of those are no repetition; None when all are.
-        places: the tokens, without repetitions.
+        places: the tokens in order, each once.
+        order: where each of those is in `tokens`.
+        run: the same as `places`, when no other token lies between them.
     """
 
     deltas: Sequence[Delta | None]
     width: int
     tokens: torch.Tensor
-    real: torch.Tensor | None
+    run: slice | None
+    order: torch.Tensor
     places: torch.Tensor
 
     def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -71,8 +77,11 @@ class Together:
             self._scatter(y[:, part.columns], one)
 
     def _scatter(self, y: torch.Tensor, added: torch.Tensor) -> None:
-        flat = added.flatten(0, 1)
-        y.index_add_(0, self.places, flat if self.real is None else flat.index_select(0, self.real))
+        rows = added.flatten(0, 1).index_select(0, self.order)
+        if self.run is not None:  # the usual case, at half the cost of the other
+            y[self.run].add_(rows)
+        else:
+            y.index_add_(0, self.places, rows)
 
 
 class Pack:
@@ -107,17 +116,21 @@ class Pack:
             self._views = [_stacked(delta, slice(0, len(self._slots))) for delta in self._storage]
 
         tokens: list[int] = [0] * (len(segments) * width)
-        real: list[int] = []
+        order: dict[int, int] = {}
         for segment in segments:
-            first, count = self._slots[segment.adapter.serial] * width, segment.stop - segment.start
-            tokens[first : first + width] = [*range(segment.start, segment.stop), *[segment.stop - 1] * (width - count)]
-            real.extend(range(first, first + count))
+            first = self._slots[segment.adapter.serial] * width
+            mine = range(segment.start, segment.stop)
+            tokens[first : first + width] = [*mine, *[mine[-1]] * (width - len(mine))]
+            order.update(zip(mine, range(first, first + width), strict=False))
+        places = sorted(order)
+        run = slice(places[0], places[-1] + 1)
         return Together(
             self._views,
             width,
             torch.tensor(tokens, device=device),
-            None if len(real) == len(tokens) else torch.tensor(sorted(real), device=device),
-            torch.tensor([tokens[place] for place in sorted(real)], device=device),
+            run if run.stop - run.start == len(places) else None,
+            torch.tensor([order[place] for place in places], device=device),
+            torch.tensor(places, device=device),
         )
 
     def _grow(self, like: DeviceAdapter, count: int, kept: int) -> None:

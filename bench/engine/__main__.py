@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,6 +22,8 @@ from bench.engine.workload import POPULARITIES, Burst, Case, cases, median_of
 from demo.base import default_base_dir, prepare_base
 from engine.config import Settings
 from engine.model import load_base
+
+WARM_UP_TOKENS = 4
 
 Results = dict[Case, list[Burst]]
 
@@ -43,13 +47,10 @@ def main() -> None:
     limits = {"max_sequences": max(arguments.concurrency), "step_tokens": settings.step_tokens}
     results: Results = {case: [] for case in wanted}
     with InProcess(base, most, arguments.rank, **limits) as engine:
-        for round_number in range(arguments.rounds + 1):
-            for case in wanted:
-                # The first round warms up: caches, packed weights, pages.
-                burst = engine.burst(case, round_number, 4 if not round_number else arguments.output_tokens)
-                if round_number:
-                    results[case].append(burst)
-                _progress(round_number, arguments.rounds, case)
+        for number, case, tokens in _course(wanted, arguments):
+            burst = engine.burst(case, number, tokens)
+            if tokens == arguments.output_tokens:
+                results[case].append(burst)
     _print("engine, in process", results, None)
     if not arguments.stack:
         return
@@ -65,13 +66,22 @@ def main() -> None:
 async def _run_stack(stack: Stack, wanted: list[Case], arguments: argparse.Namespace) -> Results:
     results: Results = {case: [] for case in wanted}
     async with stack:
-        for round_number in range(arguments.rounds + 1):
-            for case in wanted:
-                burst = await stack.burst(case, round_number, 4 if not round_number else arguments.output_tokens)
-                if round_number:
-                    results[case].append(burst)
-                _progress(round_number, arguments.rounds, case)
+        for number, case, tokens in _course(wanted, arguments):
+            burst = await stack.burst(case, number, tokens)
+            if tokens == arguments.output_tokens:
+                results[case].append(burst)
     return results
+
+
+def _course(wanted: list[Case], arguments: argparse.Namespace) -> Iterator[tuple[int, Case, int]]:
+    """Every burst: its number, which no other has, so that no prompt comes twice; its case; its output tokens."""
+    for number, (round_number, case) in enumerate(itertools.product(range(arguments.rounds + 1), wanted)):
+        if sys.stderr.isatty():
+            sys.stderr.write(
+                f"\r\033[Kround {round_number}/{arguments.rounds}: {case.concurrency} at once, {case.name}"
+            )
+        # The first round warms up: caches, packed adapters, pages.
+        yield number, case, arguments.output_tokens if round_number else WARM_UP_TOKENS
 
 
 def _print(title: str, results: Results, reference: Results | None) -> None:
@@ -105,11 +115,6 @@ def _share(bursts: list[Burst], base: list[Burst] | None, figure: str) -> str:
     return (
         f"{statistics.median(getattr(a, figure) / getattr(b, figure) for a, b in zip(bursts, base, strict=True)):.0%}"
     )
-
-
-def _progress(round_number: int, rounds: int, case: Case) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[Kround {round_number}/{rounds}: {case.concurrency} at once, {case.name}")
 
 
 def _parse() -> argparse.Namespace:
