@@ -221,7 +221,9 @@ class _Chunk:
         repeats = query.shape[1] // key.shape[1]
         # [1, heads, length, size]; a chunk is compute-bound, repeating its keys costs little.
         key, value = (one.transpose(0, 1).repeat_interleave(repeats, dim=0)[None] for one in (key, value))
-        mask = self._masks.get(form.window, query.dtype)
+        # Without a mask to read, the upper half is not computed either.
+        is_plain = self._is_first and form.softcap is None and form.window is None
+        mask = None if is_plain else self._masks.get(form.window, query.dtype)
         out[self._tokens] = _attend(query.transpose(0, 1)[None], key, value, mask, form)[0].transpose(0, 1)
 
 
@@ -254,10 +256,12 @@ def _slots_of(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, form: Form
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, form: Form
 ) -> torch.Tensor:
-    """softmax(cap(query · keyᵀ · scaling) + mask) · value over the last two dimensions."""
-    if form.softcap is None:
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=form.scaling)
+    """softmax(cap(query · keyᵀ · scaling) + mask) · value over the last two dimensions; without a mask, causal."""
+    if form.softcap is None or mask is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scaling
+        )
     scores = torch.tanh(query @ key.transpose(-1, -2) * (form.scaling / form.softcap)) * form.softcap
     return torch.softmax((scores + mask).float(), dim=-1).to(value.dtype) @ value
