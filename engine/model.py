@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ MIB = 1024 * 1024
 # Largest difference to transformers' own attention, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECK_TOKENS = 40
+# Kinds of layers, by transformers' names for them, whose whole meaning is in what they hand to attention.
+SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,18 @@ def load_base(settings: Settings) -> Base:
     tokenizer = load_tokenizer(folder, model)
     _log.info("loaded in %.1f s", time.monotonic() - started)
 
-    layers = _probe(model)
-    context_length, block_count = _budget(settings, model, layers, dtype, device)
+    with _refused(model):
+        probe = _probe(model)
+    layers = probe.layers
+    context_length, block_count = _budget(settings, _model_context(model, probe), layers, dtype, device)
     active = ActiveAdapters()
     targets = wrap_targets(model, len(layers), active)
     if device.type == "cpu":
         _store_input_major(model, targets)
     pool = KvPool(layers, block_count, dtype, device)
     runner = Runner(model, pool, active, device)
-    _check(model, Runner(model, KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device), active, device), dtype)
+    with _refused(model):
+        _check(model, Runner(model, KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device), active, device), dtype)
 
     started = time.monotonic()
     digest = base_digest(folder)
@@ -148,23 +155,38 @@ def _store_input_major(model: Any, targets: tuple[TargetModule, ...]) -> None:
             base.weight.data = base.weight.data.t().contiguous().t()
 
 
-def _probe(model: Any) -> dict[int, LayerShape]:
-    """Shapes of keys and values by layer; refuses a model whose layers do not all attend through our function."""
+@contextmanager
+def _refused(model: Any) -> Iterator[None]:
+    """Turns whatever a model raises while it is tried out into its refusal."""
+    try:
+        yield
+    except StartupError:
+        raise
+    except UnsupportedAttention as error:
+        raise _refusal(model, str(error)) from None
+    except Exception as error:  # noqa: BLE001 - model code is not ours
+        reason = " ".join(str(error).split())[:200]
+        raise _refusal(model, f"its forward pass fails with {type(error).__name__}: {reason}") from None
+
+
+def _probe(model: Any) -> Probe:
+    """Runs the model once on a probe; refuses one whose layers do not all attend, once, through our function."""
     text = model.config.get_text_config()
-    if getattr(text, "attention_chunk_size", None):
-        raise _refusal(model, "its attention is chunked")
+    other = sorted(set(_layer_types(text)) - SERVED_LAYERS)
+    if other:
+        raise _refusal(model, f"it has layers of {', '.join(other)}")
     probe = Probe()
     tokens = _check_tokens(model)
-    try:
-        model.set_attn_implementation(PAGED)
-        with torch.inference_mode():
-            model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
-    except (UnsupportedAttention, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise _refusal(model, str(error)) from None
+    model.set_attn_implementation(PAGED)
+    with torch.inference_mode():
+        model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
     count = text.num_hidden_layers
-    if sorted(probe.layers) != list(range(count)) or probe.calls != count:
-        raise _refusal(model, f"{probe.calls} of its {count} layers attend through transformers' attention interface")
-    return probe.layers
+    if set(probe.layers) != set(range(count)):
+        found = len(probe.layers)
+        raise _refusal(model, f"{found} of its {count} layers attend through transformers' attention interface")
+    if probe.calls != count:
+        raise _refusal(model, f"its {count} layers attend {probe.calls} times for one token")
+    return probe
 
 
 def _check(model: Any, runner: Runner, dtype: torch.dtype) -> None:
@@ -201,10 +223,9 @@ def _refusal(model: Any, reason: str) -> StartupError:
 
 
 def _budget(
-    settings: Settings, model: Any, layers: dict[int, LayerShape], dtype: torch.dtype, device: torch.device
+    settings: Settings, longest: int, layers: dict[int, LayerShape], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int]:
     """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
-    longest = _model_context(model)
     wanted = settings.context_length or longest
     if wanted > longest:
         raise StartupError(f"context_length {wanted} is more than the model's {longest}")
@@ -225,17 +246,39 @@ def _budget(
     return held, block_count
 
 
-def _model_context(model: Any) -> int:
+def _model_context(model: Any, probe: Probe) -> int:
+    """Most tokens for which our answer is the model's."""
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         raise _refusal(model, "its configuration states no max_position_embeddings")
+    return min(longest, _rotation_limit(text) or longest, _hidden_window(text, probe) or longest)
+
+
+def _rotation_limit(text: Any) -> int | None:
+    """Beyond its original length a "dynamic" model changes the rotation of all tokens of a pass at once: one long
+    sequence would change the answers of the others in its batch."""
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # Beyond its original length such a model changes the rotation of all tokens of a pass at once: one long
-        # sequence would change the answers of the others in its batch.
-        return int(rope.get("original_max_position_embeddings") or longest)
-    return longest
+    # One rotation, or one for each kind of layers.
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
+def _hidden_window(text: Any, probe: Probe) -> int | None:
+    """The window of a model that puts it into its mask but does not tell its attention; within it there is none."""
+    window = getattr(text, "sliding_window", None) or None
+    kinds = _layer_types(text) or ["sliding_attention"] * len(probe.layers)
+    hidden = any(kind == "sliding_attention" and not probe.windows[number] for number, kind in enumerate(kinds))
+    return window if hidden else None
+
+
+def _layer_types(text: Any) -> list[str]:
+    return getattr(text, "layer_types", None) or []
 
 
 def _free_memory(device: torch.device, adapter_budget: int) -> int:
