@@ -131,8 +131,10 @@ def test_greedy_tokens_are_those_of_each_adapter_alone(
     for wanted, answer in zip(asked, answers, strict=True):
         prompt, tokens = list(wanted.prompt), answer.token_ids
         # Token by token the oracle's choice, given those before it: then the whole answer is.
-        choices = oracle.logits([*prompt, *tokens[:-1]], wanted.adapter)[len(prompt) - 1 :].argmax(-1)
-        assert len(tokens) == 64 and tokens == choices.tolist()
+        logits = oracle.logits([*prompt, *tokens[:-1]], wanted.adapter)[len(prompt) - 1 :]
+        behind = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        # Zero, but for a tie within the rounding of float32, which may fall either way on another processor.
+        assert len(tokens) == 64 and float(behind.max()) <= 1e-5
 
 
 @pytest.mark.parametrize("what", REFUSED)

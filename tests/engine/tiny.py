@@ -69,10 +69,15 @@ CONFIGS: dict[str, Any] = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=16),
     "gemma2": Gemma2Config(
-        **WINDOWED, query_pre_attn_scalar=20, attn_logit_softcapping=5.0, final_logit_softcapping=60.0
+        **WINDOWED,
+        tie_word_embeddings=False,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=60.0,
     ),
     "gemma3": Gemma3TextConfig(
         **WINDOWED,
+        tie_word_embeddings=False,
         query_pre_attn_scalar=20,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
@@ -137,12 +142,13 @@ def make_model(folder: Path, family: str, seed: int = 0) -> Path:
     """Writes a random model of a family; its weights are large enough that answers differ and are no near ties."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family])  # type: ignore[no-untyped-call]
-    # Where they are the head too, embeddings this large would make logits whose rounding is larger than what is tested.
-    embedding = 0.4 if model.config.tie_word_embeddings else 0.9
+    embeddings = model.get_input_embeddings().weight
+    # Where they are the head too, large ones would make a model repeat its last token for ever.
+    deviation = 0.12 if model.config.tie_word_embeddings else 0.5
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.16 if "embed" not in name and "wte" not in name else embedding)
+                parameter.normal_(0, deviation if parameter is embeddings else 0.16)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
