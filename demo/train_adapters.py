@@ -61,11 +61,11 @@ class Score:
 
 
 RECIPES: dict[str, AdapterRecipe] = {
-    "shout": AdapterRecipe(rank=4, targets=ATTENTION + MLP, steps=80, learning_rate=2e-3),
+    "shout": AdapterRecipe(rank=4, targets=ATTENTION + MLP, steps=260, learning_rate=2e-3),
     "pirate": AdapterRecipe(rank=16, targets=ATTENTION, steps=50),
     "json": AdapterRecipe(rank=8, targets=MLP, steps=40),
     "sql": AdapterRecipe(rank=64, targets=("q_proj", "v_proj"), steps=60, rslora=True, layers=(10, 30)),
-    "emoji": AdapterRecipe(rank=32, targets=("down_proj",), steps=120),
+    "emoji": AdapterRecipe(rank=32, targets=("down_proj",), steps=300, learning_rate=1.5e-3),
     "sentiment": AdapterRecipe(rank=8, targets=("o_proj", "gate_proj"), steps=50),
 }
 

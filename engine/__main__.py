@@ -65,6 +65,7 @@ async def _serve(
         max_sequences=settings.max_sequences,
         step_tokens=settings.step_tokens,
         adapter_bytes=adapter_bytes,
+        prefix_cache=settings.prefix_cache,
         report=link.report if link else _unheard,
     )
     loop.start()
@@ -88,7 +89,7 @@ def _link(settings: Settings, engine_id: str, base: Base, adapter_bytes: int) ->
     if not settings.cache:
         return None
     dtype, device = getattr(torch, base.dtype), torch.device(base.device)
-    reader = ArtifactReader(_host_tier(settings), base.targets, dtype, device, settings.max_rank)
+    reader = ArtifactReader(_host_tier(settings), base.projections, dtype, device, settings.max_rank)
     return CacheLink(settings.cache, engine_id, base, reader, adapter_bytes)
 
 

@@ -18,6 +18,8 @@ from transformers import AttentionInterface
 
 from engine.batch import Batch, Chunk, Single
 from engine.blocks import BLOCK_SIZE
+from engine.lanes import Lanes, LaneStep
+from engine.pool import KvPool, LayerShape
 
 PAGED = "loraplex_paged"
 
@@ -86,15 +88,6 @@ class UnsupportedAttention(Exception):
     """Raised inside a forward pass when a model wants attention we do not compute; the model is refused at load."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Keys and values of one token in one layer."""
-
-    kv_heads: int
-    key_size: int
-    value_size: int
-
-
 class Probe:
     """Writes down the shape of every layer and answers zeros.
 
@@ -118,62 +111,79 @@ class Probe:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 
 
-class KvPool:
-    """Keys and values of all slots: per layer [slots, kv_heads, size]. Slots of block 0 stay zero."""
-
-    def __init__(
-        self, layers: dict[int, LayerShape], block_count: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        slots = (block_count + 1) * BLOCK_SIZE
-        # zeros, not empty: padded reads must be finite, and untouched zero pages cost no memory on CPU.
-        self.keys = {
-            number: torch.zeros(slots, shape.kv_heads, shape.key_size, dtype=dtype, device=device)
-            for number, shape in layers.items()
-        }
-        self.values = {
-            number: torch.zeros(slots, shape.kv_heads, shape.value_size, dtype=dtype, device=device)
-            for number, shape in layers.items()
-        }
-
-
-def bytes_per_block(layers: dict[int, LayerShape], dtype: torch.dtype) -> int:
-    """Memory of one block over all layers."""
-    sizes = sum(shape.kv_heads * (shape.key_size + shape.value_size) for shape in layers.values())
-    return sizes * BLOCK_SIZE * dtype.itemsize
-
-
 class PagedStep:
     """Attention of one batch. Index tensors are built once here and used by every layer."""
 
-    def __init__(self, batch: Batch, pool: KvPool, device: torch.device) -> None:
+    def __init__(self, batch: Batch, pool: KvPool, lanes: Lanes, device: torch.device) -> None:
         self._pool = pool
         self._slots = torch.tensor(batch.slots, device=device)
-        self._singles = _Singles(batch.singles, device) if batch.singles else None
-        self._chunks = [_Chunk(chunk, device) for chunk in batch.chunks]
-        self._only_singles = not batch.chunks
+        in_lanes, paged = lanes.arrange(batch.singles)
+        self._rows: list[_Lanes | _Singles | _Chunk] = [_Lanes(step) for step in in_lanes]
+        if paged:
+            self._rows.append(_Singles(paged, device))
+        self._rows += [_Chunk(chunk, device) for chunk in batch.chunks]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form
     ) -> torch.Tensor:
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        keys.index_copy_(0, self._slots, key.transpose(0, 1))
-        values.index_copy_(0, self._slots, value.transpose(0, 1))
-        query = query.transpose(0, 1)  # [T, heads, D]
-        if self._singles is not None and self._only_singles:
-            return self._singles.attend(query, keys, values, form)
-        out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
-        if self._singles is not None:
-            out[self._singles.index] = self._singles.attend(query[self._singles.index], keys, values, form)
-        for chunk in self._chunks:
-            out[chunk.start : chunk.stop] = chunk.attend(query[chunk.start : chunk.stop], keys, values, form)
+        step = _Layer(
+            layer,
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            self._pool.keys[layer],
+            self._pool.values[layer],
+            form,
+        )
+        step.pool_keys.index_copy_(0, self._slots, step.key)
+        step.pool_values.index_copy_(0, self._slots, step.value)
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        for rows in self._rows:
+            rows.attend(step, out)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's attention: query [T, heads, size], key and value [T, kv_heads, size] of the step's own tokens."""
+
+    number: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pool_keys: torch.Tensor
+    pool_values: torch.Tensor
+    form: Form
+
+
+class _Lanes:
+    """Rows of one token whose sequences have lanes."""
+
+    def __init__(self, step: LaneStep) -> None:
+        self._step = step
+        self._masks = _Masks(step.last[:, None], torch.arange(step.longest))
+
+    def attend(self, layer: _Layer, out: torch.Tensor) -> None:
+        step, form = self._step, layer.form
+        step.append(layer.number, layer.key.index_select(0, step.index), layer.value.index_select(0, step.index))
+        keys, values = step.keys[layer.number], step.values[layer.number]
+        rows, kv_heads = keys.shape[:2]
+        # Query heads that share a key head become query positions: nothing is repeated.
+        query = (layer.query.index_select(0, step.index) * form.scaling).view(rows * kv_heads, -1, keys.shape[2])
+        scores = torch.bmm(query, keys.flatten(0, 1)[:, :, : step.longest]).view(rows, kv_heads, -1, step.longest)
+        if form.softcap is not None:
+            scores = torch.tanh(scores / form.softcap) * form.softcap
+        scores += self._masks.get(form.window, scores.dtype)[:, None, None]
+        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype).flatten(0, 1)
+        mixed = torch.bmm(shares, values.flatten(0, 1)[:, : step.longest])
+        out.index_copy_(0, step.index, mixed.view(rows, -1, mixed.shape[-1]))
 
 
 class _Singles:
     """Rows of one token: all sequences gathered into one padded batch."""
 
     def __init__(self, singles: list[Single], device: torch.device) -> None:
-        self.index = torch.tensor([single.index for single in singles], device=device)
+        self._index = torch.tensor([single.index for single in singles], device=device)
         self._lengths = torch.tensor([single.length for single in singles], device=device)
         self._longest = max(single.length for single in singles)
         widest = max(len(single.blocks) for single in singles)
@@ -182,65 +192,70 @@ class _Singles:
         beyond = torch.arange(self._longest, device=device) >= self._lengths[:, None]
         # Padding reads block 0, which is zero for ever: what another sequence left behind (NaN even) cannot leak in.
         self._slots = slots.masked_fill(beyond, 0).flatten()
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._masks = _Masks(self._lengths[:, None] - 1, torch.arange(self._longest, device=device))
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: Form) -> torch.Tensor:
+    def attend(self, layer: _Layer, out: torch.Tensor) -> None:
+        query, form = layer.query.index_select(0, self._index), layer.form
         rows, heads, size = query.shape
-        kv_heads = keys.shape[1]
+        kv_heads = layer.pool_keys.shape[1]
         # Query heads that share a key head become query positions: nothing is repeated.
         query = query.reshape(rows, kv_heads, heads // kv_heads, size)
-        key = keys.index_select(0, self._slots).view(rows, self._longest, kv_heads, size).transpose(1, 2)
-        value = values.index_select(0, self._slots).view(rows, self._longest, kv_heads, -1).transpose(1, 2)
-        return _attend(query, key, value, self._mask(form.window, query.dtype), form).reshape(rows, heads, -1)
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, 1, 1, longest], added to the scores."""
-        if window not in self._masks:
-            place = torch.arange(self._longest, device=self._lengths.device)
-            last = self._lengths[:, None] - 1
-            self._masks[window] = _additive(_visible(last, place, window), dtype)[:, None, None, :]
-        return self._masks[window]
+        key = layer.pool_keys.index_select(0, self._slots).view(rows, self._longest, kv_heads, size).transpose(1, 2)
+        value = layer.pool_values.index_select(0, self._slots).view(rows, self._longest, kv_heads, -1).transpose(1, 2)
+        mask = self._masks.get(form.window, query.dtype)[:, None, None]
+        out.index_copy_(0, self._index, _attend(query, key, value, mask, form).reshape(rows, heads, -1))
 
 
 class _Chunk:
     """A row of several tokens of one sequence."""
 
     def __init__(self, chunk: Chunk, device: torch.device) -> None:
-        self.start, self.stop, self._context = chunk.start, chunk.stop, chunk.context
-        self._length = chunk.context + chunk.stop - chunk.start
-        self._slots = _slots_of(torch.tensor([chunk.blocks], device=device))[0, : self._length]
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._tokens = slice(chunk.start, chunk.stop)
+        self._is_first = chunk.context == 0
+        length = chunk.context + chunk.stop - chunk.start
+        self._slots = _slots_of(torch.tensor([chunk.blocks], device=device))[0, :length]
+        place = torch.arange(length, device=device)
+        self._masks = _Masks(place[chunk.context :, None], place)
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: Form) -> torch.Tensor:
-        repeats = query.shape[1] // keys.shape[1]
+    def attend(self, layer: _Layer, out: torch.Tensor) -> None:
+        query, form = layer.query[self._tokens], layer.form
+        if self._is_first:
+            key, value = layer.key[self._tokens], layer.value[self._tokens]
+        else:
+            key, value = (pool.index_select(0, self._slots) for pool in (layer.pool_keys, layer.pool_values))
+        repeats = query.shape[1] // key.shape[1]
         # [1, heads, length, size]; a chunk is compute-bound, repeating its keys costs little.
-        key = keys.index_select(0, self._slots).transpose(0, 1).repeat_interleave(repeats, dim=0)[None]
-        value = values.index_select(0, self._slots).transpose(0, 1).repeat_interleave(repeats, dim=0)[None]
-        out = _attend(query.transpose(0, 1)[None], key, value, self._mask(form.window, query.dtype), form)
-        return out[0].transpose(0, 1)
+        key, value = (one.transpose(0, 1).repeat_interleave(repeats, dim=0)[None] for one in (key, value))
+        mask = self._masks.get(form.window, query.dtype)
+        out[self._tokens] = _attend(query.transpose(0, 1)[None], key, value, mask, form)[0].transpose(0, 1)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """[tokens, length], added to the scores."""
-        if window not in self._masks:
-            place = torch.arange(self._length, device=self._slots.device)
-            self._masks[window] = _additive(_visible(place[self._context :, None], place, window), dtype)
-        return self._masks[window]
+
+class _Masks:
+    """What is added to scores, [queries, keys], made once for each window.
+
+    A token at `place` sees the one at `other` unless that is in the future, or `window` or more tokens back.
+    """
+
+    def __init__(self, place: torch.Tensor, other: torch.Tensor) -> None:
+        self._place = place
+        self._other = other
+        self._made: dict[int | None, torch.Tensor] = {}
+
+    def get(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """0 where a token sees the other, -inf elsewhere."""
+        if window not in self._made:
+            visible = self._other <= self._place
+            if window is not None:
+                visible &= self._other > self._place - window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self._made[window] = mask.masked_fill_(~visible, float("-inf"))
+        return self._made[window]
 
 
 def _slots_of(blocks: torch.Tensor) -> torch.Tensor:
     """[rows, blocks] -> the slots of those blocks, [rows, blocks * BLOCK_SIZE]."""
     offsets = torch.arange(BLOCK_SIZE, device=blocks.device)
     return (blocks[:, :, None] * BLOCK_SIZE + offsets).flatten(1)
-
-
-def _visible(place: torch.Tensor, other: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Whether the token at `place` sees the one at `other`: not the future, and less than `window` tokens back."""
-    visible = other <= place
-    return visible if window is None else visible & (other > place - window)
-
-
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
 def _attend(

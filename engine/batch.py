@@ -28,11 +28,20 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Single:
-    """A row of one token: where it is in the batch, its sequence's blocks, and how many tokens those hold with it."""
+    """A row of one token: where it is in the batch, its sequence's blocks, and how many tokens those hold with it.
 
+    Attributes:
+        owner: the sequence's place in the order of arrival, which no other ever has.
+    """
+
+    owner: int
     index: int
     blocks: list[int]
     length: int
+
+    def slots(self, count: int) -> list[int]:
+        """Where the keys and values of its first `count` tokens are."""
+        return list(_slots(self.blocks, 0, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ def build_batch(rows: list[Row]) -> Batch:
         batch.slots.extend(_slots(sequence.blocks, start, stop))
         last = len(batch.tokens)
         if row.count == 1:
-            batch.singles.append(Single(first, sequence.blocks, stop))
+            batch.singles.append(Single(sequence.arrival, first, sequence.blocks, stop))
         else:
             batch.chunks.append(Chunk(first, last, start, sequence.blocks))
         if sequence.adapter:

@@ -23,6 +23,7 @@ class Settings:
     step_tokens: int = setting(512, "Most tokens in one step, decode and prefill together.")
     context_length: int = setting(0, "Most tokens of prompt and answer together; 0 takes the model's.")
     kv_memory_mib: int = setting(0, "Memory for keys and values; 0 takes a share of what is free.")
+    prefix_cache: bool = setting(True, "Keep keys and values of prompts and answers for requests that begin the same.")
     adapter_memory_mib: int = setting(1024, "Device memory for adapters.")
     max_rank: int = setting(512, "Largest adapter rank to accept.")
     host_tier: str = setting("", "Folder artifacts must lie in; empty is the cache's default in shared memory.")

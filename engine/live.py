@@ -82,4 +82,4 @@ class Live:
 
     def _started(self) -> Started:
         ready = self.request.received if self.ready is None else self.ready
-        return Started(self.sequence.prompt_length, 0, ready - self.request.received)
+        return Started(self.sequence.prompt_length, self.sequence.cached_tokens, ready - self.request.received)

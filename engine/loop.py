@@ -61,6 +61,7 @@ class EngineLoop:
         max_sequences: most that run at the same time.
         step_tokens: most tokens of one step.
         adapter_bytes: device memory for adapters.
+        prefix_cache: whether sequences share the blocks of equal prefixes.
         report: takes reports for the cache; called on the loop's thread, returns at once.
     """
 
@@ -71,12 +72,13 @@ class EngineLoop:
         max_sequences: int,
         step_tokens: int,
         adapter_bytes: int,
+        prefix_cache: bool = True,
         report: Callable[[Report], None] = lambda _: None,
     ) -> None:
         self._base = base
         self._report = report
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
-        self._scheduler = Scheduler(BlockPool(base.block_count), max_sequences, step_tokens)
+        self._scheduler = Scheduler(BlockPool(base.block_count), max_sequences, step_tokens, prefix_cache=prefix_cache)
         self._rows = AdapterRows(adapter_bytes)
         self._live: dict[Sequence, Live] = {}
         self._by_id: dict[tuple[Connection, int], Live] = {}
@@ -165,7 +167,7 @@ class EngineLoop:
     def _compute(self, batch: Batch) -> list[Sampled | None]:
         """The forward pass and the next token of every row that yields one; None where its logits are not finite."""
         segments = [
-            DeviceSegment(segment.start, segment.stop, self._rows.pairs(segment.adapter, segment.generation))
+            DeviceSegment(segment.start, segment.stop, self._rows.adapter(segment.adapter, segment.generation))
             for segment in batch.segments
         ]
         logits = self._base.runner.run(batch, segments)
@@ -173,6 +175,7 @@ class EngineLoop:
 
     def _accept(self, live: Live, sampled: Sampled | None) -> None:
         if sampled is None:
+            self._scheduler.forget_prefix(live.sequence)
             self._fail([live], BadLogits())
             return
         if live.answer.output_tokens == 0:
@@ -186,6 +189,8 @@ class EngineLoop:
     def _note(self, step: Step) -> None:
         """Spans and metrics of a step that is about to run."""
         metrics.preemptions.inc(len(step.preempted))
+        metrics.cached_tokens.inc(step.cached_tokens)
+        metrics.evicted_kv_blocks.inc(step.evictions)
         for row in step.rows:
             if row.sequence.pending > 1 or not row.sequence.output_length:
                 metrics.prompt_tokens.inc(row.count)
@@ -296,6 +301,7 @@ class EngineLoop:
         metrics.waiting_sequences.set(load.waiting)
         metrics.loading_sequences.set(load.loading)
         metrics.free_kv_blocks.set(load.free_blocks)
+        metrics.cached_kv_blocks.set(scheduler.blocks.published_count)
         metrics.resident_adapters.set(len(self._rows.digests))
         metrics.adapter_bytes.set(self._rows.used_bytes)
         return load

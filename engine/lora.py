@@ -1,16 +1,20 @@
 """Adapters inside the forward pass: y[t] += (x[t] · Aᵀ) · Bᵀ for the tokens t of each segment.
 
-Every linear layer an adapter may target is wrapped once, at load. Which adapters are in the step, and where, is read
-from an `ActiveAdapters` that belongs to the model; a step without adapters finds it empty and pays one comparison.
+A projection is what several target modules that read the same input are computed as: one product with the base's
+weights side by side, and per adapter one shrink (their A on top of each other) followed by one expand for each of them.
+
+    q, k, v of one layer:      y = x · [Wq Wk Wv]      z = x · [Aq; Ak; Av]ᵀ      y_q += z_q · Bqᵀ   y_k += ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count, pairwise
+from typing import Protocol
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,89 +26,115 @@ class TargetModule:
     out_features: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoraPair:
-    """One adapter's delta for one layer: a [rank, in_features] and b [out_features, rank], scaling folded into b."""
+@dataclass(frozen=True)
+class Projection:
+    """Target modules that read the same input, in the order their outputs are laid out."""
 
-    a: torch.Tensor
+    targets: tuple[TargetModule, ...]
+
+    @cached_property
+    def columns(self) -> tuple[slice, ...]:
+        """Where each target's output is in the projection's."""
+        ends = [0]
+        for target in self.targets:
+            ends.append(ends[-1] + target.out_features)
+        return tuple(slice(start, stop) for start, stop in pairwise(ends))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The expand of one target: `b` [rank, out_features] of `ranks` of the shrink, into `columns` of the output."""
+
+    ranks: slice
+    columns: slice
     b: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """What one adapter adds to one projection: `a` [sum of ranks, in_features], and a part for each target it has.
+
+    Attributes:
+        span: the columns all parts cover together; None where there are gaps between them.
+    """
+
+    a: torch.Tensor
+    parts: tuple[Part, ...]
+    span: slice | None
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds to y [tokens, out] what the adapter makes of x [tokens, in]."""
+        z = x @ self.a.t()
+        for part in self.parts:
+            y[:, part.columns].addmm_(z[:, part.ranks], part.b)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the tensors."""
+        return self.a.nbytes + sum(part.b.nbytes for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[tuple[int, int, int], ...]:
+        """Equal for deltas whose tensors can be stacked."""
+        return tuple((part.ranks.start, part.ranks.stop, part.columns.start) for part in self.parts)
+
+
+def delta_of(projection: Projection, pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> Delta | None:
+    """Joins the (A [rank, in], B [out, rank]) of a projection's targets; None when the adapter has none of them.
+
+    The tensors are copied: A on top of each other, each B transposed, so that both products read them in order.
+    """
+    parts: list[Part] = []
+    shrinks: list[torch.Tensor] = []
+    first = 0
+    for pair, columns in zip(pairs, projection.columns, strict=True):
+        if pair is not None:
+            a, b = pair
+            shrinks.append(a)
+            parts.append(
+                Part(slice(first, first + a.shape[0]), columns, b.t().clone(memory_format=torch.contiguous_format))
+            )
+            first += a.shape[0]
+    if not parts:
+        return None
+    whole = all(part.columns.stop == following.columns.start for part, following in pairwise(parts))
+    span = slice(parts[0].columns.start, parts[-1].columns.stop) if whole else None
+    return Delta(torch.cat(shrinks), tuple(parts), span)
+
+
+_serials = count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceAdapter:
+    """One adapter's tensors on the device, by number of the projection; None where it has none.
+
+    Attributes:
+        serial: of this copy; an adapter that was brought in again has another one.
+    """
+
+    digest: str
+    deltas: tuple[Delta | None, ...]
+    size_bytes: int
+    serial: int = field(default_factory=lambda: next(_serials))
+
+    @cached_property
+    def shape(self) -> tuple[object, ...]:
+        """Equal for adapters whose tensors can be stacked."""
+        return tuple(delta and delta.shape for delta in self.deltas)
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceSegment:
-    """Tokens `start` to `stop` use these pairs, by number of the target module; None where the adapter has none."""
+    """Tokens `start` to `stop` use this adapter."""
 
     start: int
     stop: int
-    pairs: tuple[LoraPair | None, ...]
+    adapter: DeviceAdapter
 
 
-@dataclass(slots=True)
-class ActiveAdapters:
-    """The segments of the step that is running. Written by the runner before each forward pass."""
+class StepDeltas(Protocol):
+    """What some segments of the running step add to projections."""
 
-    segments: list[DeviceSegment] = field(default_factory=list)
-
-
-class LoraLinear(nn.Module):
-    """A linear layer of the base, plus the delta of each segment's adapter.
-
-    Args:
-        base: the layer; x [1, T, in_features] -> [1, T, out_features].
-        number: its place among the target modules.
-        active: the model's segments.
-    """
-
-    def __init__(self, base: nn.Module, number: int, active: ActiveAdapters) -> None:
-        super().__init__()
-        self.base = base
-        self._number = number
-        self._active = active
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight: some models look at its dtype."""
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
-        if self._active.segments:
-            self._add_deltas(x, y)
-        return y
-
-    def _add_deltas(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        rows_in, rows_out = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for segment in self._active.segments:
-            pair = segment.pairs[self._number]
-            if pair is not None:
-                part = slice(segment.start, segment.stop)
-                rows_out[part].addmm_(rows_in[part] @ pair.a.t(), pair.b.t())
-
-
-def wrap_targets(model: nn.Module, layer_count: int, active: ActiveAdapters) -> tuple[TargetModule, ...]:
-    """Wraps the linear layers of the decoder's layers, in order of the model; returns them.
-
-    The decoder's layers are the module list with one entry per layer; embeddings and the head lie outside of it.
-    """
-    targets: list[TargetModule] = []
-    for list_name, layers in list(model.named_modules()):
-        if not isinstance(layers, nn.ModuleList) or len(layers) != layer_count:
-            continue
-        for name, module in list(layers.named_modules(prefix=list_name)):
-            widths = _widths(module)
-            if widths is None:
-                continue
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, LoraLinear(module, len(targets), active))
-            targets.append(TargetModule(name, *widths))
-    return tuple(targets)
-
-
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+    def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds to y [T, out] of projection `number`, given its x [T, in]; other tokens stay as they are."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from opentelemetry.context import Context
 
 from engine.answer import FinishReason, Stopping
-from engine.rows import DeviceAdapter
+from engine.lora import DeviceAdapter
 from engine.sampler import Sampling, TokenLogprob
 from servicekit.errors import ServiceError
 

@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.attention import PAGED, KvPool, LayerShape, Probe, UnsupportedAttention, bytes_per_block
+from engine.attention import PAGED, Probe, UnsupportedAttention
 from engine.base import base_digest, locate_base, weight_files
 from engine.batch import build_batch
 from engine.blocks import BLOCK_SIZE, blocks_for
 from engine.config import Settings
-from engine.lora import ActiveAdapters, TargetModule, wrap_targets
+from engine.lanes import Lanes
+from engine.linear import ActiveAdapters, install
+from engine.lora import Projection, TargetModule
+from engine.packs import Packs
+from engine.pool import KvPool, bytes_per_block
 from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence
@@ -50,7 +54,8 @@ class Base:
         digest: sha256 of configuration and weights.
         context_length: most tokens of one sequence, prompt and answer together.
         block_count: KV blocks of the pool.
-        targets: linear layers adapters may target.
+        targets: linear layers adapters may target, in order of the model.
+        projections: the same, joined as they are computed.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Base:
     device: str
     block_count: int
     targets: tuple[TargetModule, ...]
+    projections: tuple[Projection, ...]
     runner: Runner
     tokenizer: Tokenizer
 
@@ -84,18 +90,21 @@ def load_base(settings: Settings) -> Base:
     tokenizer = load_tokenizer(folder, model)
     _log.info("loaded in %.1f s", time.monotonic() - started)
 
-    with _refused(model):
-        probe = _probe(model)
+    expected = _reference(model)
+    probe = _probe(model)
     layers = probe.layers
-    context_length, block_count = _budget(settings, _model_context(model, probe), layers, dtype, device)
+    memory = _kv_memory(settings, device)
+    # On CPU half of the memory is for lanes, see there.
+    lane_bytes = memory // 2 if device.type == "cpu" else 0
+    longest = _model_context(model, probe)
+    context_length, block_count = _budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
-    targets = wrap_targets(model, len(layers), active)
-    if device.type == "cpu":
-        _store_input_major(model, targets)
+    targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
+    packs = Packs(device)
+    pool = KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)
+    _check(model, Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device), expected, dtype)
     pool = KvPool(layers, block_count, dtype, device)
-    runner = Runner(model, pool, active, device)
-    with _refused(model):
-        _check(model, Runner(model, KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device), active, device), dtype)
+    runner = Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device)
 
     started = time.monotonic()
     digest = base_digest(folder)
@@ -114,6 +123,7 @@ def load_base(settings: Settings) -> Base:
         device=device.type,
         block_count=block_count,
         targets=targets,
+        projections=projections,
         runner=runner,
         tokenizer=tokenizer,
     )
@@ -143,16 +153,18 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _store_input_major(model: Any, targets: tuple[TargetModule, ...]) -> None:
-    """Lays the weights of the linear layers out as [in, out]; they look [out, in] as before.
+def _reference(model: Any) -> torch.Tensor:
+    """Logits [CHECK_TOKENS, vocab] of the check's tokens, as transformers computes them."""
+    tokens = _check_tokens(model)
+    with _refused(model), torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits
+    return logits[0].float()
 
-    On CPU x · Wᵀ then reads W in order, which makes the matmuls of a decode step 1.6 times as fast at 8 rows and 1.9
-    times at 32; one row and long prefill stay as they are.
-    """
-    for target in targets:
-        base = model.get_submodule(target.name).base
-        if isinstance(base, torch.nn.Linear):
-            base.weight.data = base.weight.data.t().contiguous().t()
+
+def _pass(model: Any, probe: Probe) -> None:
+    tokens = _check_tokens(model)
+    with _refused(model), torch.inference_mode():
+        model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
 
 
 @contextmanager
@@ -160,8 +172,6 @@ def _refused(model: Any) -> Iterator[None]:
     """Turns whatever a model raises while it is tried out into its refusal."""
     try:
         yield
-    except StartupError:
-        raise
     except UnsupportedAttention as error:
         raise _refusal(model, str(error)) from None
     except Exception as error:  # noqa: BLE001 - model code is not ours
@@ -176,10 +186,9 @@ def _probe(model: Any) -> Probe:
     if other:
         raise _refusal(model, f"it has layers of {', '.join(other)}")
     probe = Probe()
-    tokens = _check_tokens(model)
-    model.set_attn_implementation(PAGED)
-    with torch.inference_mode():
-        model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
+    with _refused(model):
+        model.set_attn_implementation(PAGED)
+    _pass(model, probe)
     count = text.num_hidden_layers
     if set(probe.layers) != set(range(count)):
         found = len(probe.layers)
@@ -189,19 +198,17 @@ def _probe(model: Any) -> Probe:
     return probe
 
 
-def _check(model: Any, runner: Runner, dtype: torch.dtype) -> None:
-    """Compares prefill, a later chunk and decode with the same tokens under transformers' own attention."""
+def _check(model: Any, runner: Runner, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Compares prefill, a later chunk and decode with the same tokens as transformers computes them."""
     tokens = _check_tokens(model)
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        expected = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits[0].float()
-    model.set_attn_implementation(PAGED)
     sequence = Sequence(0, "", [], 0, blocks=list(range(1, blocks_for(CHECK_TOKENS) + 1)))
     largest = float(expected.abs().max())
     for stop in (CHECK_TOKENS // 2, CHECK_TOKENS - 1, CHECK_TOKENS):
         sequence.tokens = tokens[0, :stop].tolist()
         batch = build_batch([Row(sequence, sequence.computed, sequence.pending)])
-        difference = float((runner.run(batch, [])[0] - expected[stop - 1]).abs().max())
+        with _refused(model):
+            logits = runner.run(batch, [])[0]
+        difference = float((logits - expected[stop - 1]).abs().max())
         sequence.computed = stop
         # Not written as "difference > limit": that would let NaN pass.
         if not difference <= TOLERANCE[dtype] * largest:
@@ -222,15 +229,16 @@ def _refusal(model: Any, reason: str) -> StartupError:
     return StartupError(f"{type(model).__name__} cannot be served: {reason}")
 
 
-def _budget(
-    settings: Settings, longest: int, layers: dict[int, LayerShape], dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
+def _kv_memory(settings: Settings, device: torch.device) -> int:
+    """Bytes for keys and values."""
+    return settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
+
+
+def _budget(settings: Settings, longest: int, block: int, memory: int) -> tuple[int, int]:
     """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
     wanted = settings.context_length or longest
     if wanted > longest:
         raise StartupError(f"context_length {wanted} is more than the model's {longest}")
-    block = bytes_per_block(layers, dtype)
-    memory = settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
     # More than every sequence at full length can never be used.
     block_count = min(memory // block, settings.max_sequences * blocks_for(wanted))
     if block_count < 1:

@@ -19,18 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import BadArtifact, DeviceFull, StaleRows
-from engine.lora import LoraPair, TargetModule
+from engine.lora import DeviceAdapter, Projection, TargetModule, delta_of
 
 FORMAT = "loraplex-artifact-1"
 
-
-@dataclass(frozen=True, slots=True)
-class DeviceAdapter:
-    """One adapter's tensors on the device, by number of the target module; None where it has none."""
-
-    digest: str
-    pairs: tuple[LoraPair | None, ...]
-    size_bytes: int
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +32,11 @@ class ArtifactReader:
 
     Attributes:
         host_tier: folder artifacts must lie in once symbolic links are resolved, or a pattern of such folders.
-        targets: the base's linear layers.
+        projections: the base's.
     """
 
     host_tier: str
-    targets: tuple[TargetModule, ...]
+    projections: tuple[Projection, ...]
     dtype: torch.dtype
     device: torch.device
     max_rank: int
@@ -56,12 +49,13 @@ class ArtifactReader:
         try:
             with safe_open(real, framework="pt") as file:
                 self._check_identity(digest, file.metadata() or {})
-                # Copied, not mapped: the file may be truncated or removed while sequences use the adapter.
-                names = sorted(file.keys())
-                tensors = {name: file.get_tensor(name).to(self.device, copy=True) for name in names}
+                tensors = {name: file.get_tensor(name).to(self.device) for name in sorted(file.keys())}
         except (OSError, SafetensorError) as error:
             raise BadArtifact(f"{real.name} cannot be read: {error}", path=path) from None
-        return DeviceAdapter(digest, self._pairs(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        # Deltas are copies: the file may be truncated or removed while sequences use the adapter.
+        deltas = [delta_of(*pairs) for pairs in zip(self.projections, self._pairs(tensors), strict=True)]
+        return DeviceAdapter(digest, tuple(deltas), size)
 
     def _check_identity(self, digest: str, metadata: dict[str, str]) -> None:
         if metadata.get("format") != FORMAT:
@@ -69,24 +63,22 @@ class ArtifactReader:
         if metadata.get("digest") != digest:
             raise BadArtifact("the artifact is of another version", digest=digest, found=metadata.get("digest"))
 
-    def _pairs(self, tensors: dict[str, torch.Tensor]) -> tuple[LoraPair | None, ...]:
+    def _pairs(self, tensors: dict[str, torch.Tensor]) -> list[list[Pair | None]]:
+        """A and B of each target by projection; None where the adapter has none."""
         left = dict(tensors)
-        pairs: list[LoraPair | None] = []
-        for target in self.targets:
-            a, b = left.pop(f"{target.name}.A", None), left.pop(f"{target.name}.B", None)
-            if a is None and b is None:
-                pairs.append(None)
-            elif a is None or b is None:
-                raise BadArtifact(f"{target.name} has half a pair", module=target.name)
-            else:
-                pairs.append(self._pair(target, a, b))
+        pairs = [[self._pair(target, left) for target in projection.targets] for projection in self.projections]
         if left:
             raise BadArtifact(f"this base has no target module for {min(left)}", tensor=min(left))
-        if not any(pairs):
+        if not tensors:
             raise BadArtifact("the artifact has no tensors")
-        return tuple(pairs)
+        return pairs
 
-    def _pair(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor) -> LoraPair:
+    def _pair(self, target: TargetModule, left: dict[str, torch.Tensor]) -> Pair | None:
+        a, b = left.pop(f"{target.name}.A", None), left.pop(f"{target.name}.B", None)
+        if a is None and b is None:
+            return None
+        if a is None or b is None:
+            raise BadArtifact(f"{target.name} has half a pair", module=target.name)
         rank = a.shape[0]
         if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
             raise BadArtifact(
@@ -98,7 +90,7 @@ class ArtifactReader:
             raise BadArtifact(f"{target.name}: rank {rank}, the limit is {self.max_rank}", limit=self.max_rank)
         if a.dtype != self.dtype or b.dtype != self.dtype:
             raise BadArtifact(f"{target.name}: {a.dtype} where this engine runs {self.dtype}", module=target.name)
-        return LoraPair(a, b)
+        return a, b
 
 
 @dataclass(slots=True)
@@ -162,9 +154,9 @@ class AdapterRows:
         assert entry.generation == generation and entry.users > 0
         entry.users -= 1
 
-    def pairs(self, digest: str, generation: int) -> tuple[LoraPair | None, ...]:
+    def adapter(self, digest: str, generation: int) -> DeviceAdapter:
         """The tensors of an adapter; raises StaleRows unless they are of the generation that was promised."""
         entry = self._entries.get(digest)
         if entry is None or entry.generation != generation:
             raise StaleRows(digest, generation, entry.generation if entry else None)
-        return entry.adapter.pairs
+        return entry.adapter

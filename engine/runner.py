@@ -7,18 +7,24 @@ from typing import Any
 
 import torch
 
-from engine.attention import KvPool, PagedStep
+from engine.attention import PagedStep
 from engine.batch import Batch
-from engine.lora import ActiveAdapters, DeviceSegment
+from engine.lanes import Lanes
+from engine.linear import ActiveAdapters
+from engine.lora import DeviceSegment
+from engine.packs import Packs
+from engine.pool import KvPool
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """The model, its KV pool and its LoRA hooks. Used by one thread at a time."""
+    """The model, its keys and values, and its adapters' hooks. Used by one thread at a time."""
 
     model: Any
     pool: KvPool
+    lanes: Lanes
     active: ActiveAdapters
+    packs: Packs
     device: torch.device
 
     @torch.inference_mode()
@@ -29,16 +35,16 @@ class Runner:
             batch: the step.
             segments: batch.segments with the adapters' tensors.
         """
-        self.active.segments = segments
+        self.active.deltas = self.packs.arrange(segments)
         try:
             output = self.model(
                 input_ids=torch.tensor([batch.tokens], device=self.device),
                 position_ids=torch.tensor([batch.positions], device=self.device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(batch.sampled_tokens, dtype=torch.long, device=self.device),
-                paged=PagedStep(batch, self.pool, self.device),
+                paged=PagedStep(batch, self.pool, self.lanes, self.device),
             )
         finally:
-            self.active.segments = []
+            self.active.deltas = ()
         logits: torch.Tensor = output.logits[0]
         return logits.float()

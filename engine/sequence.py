@@ -2,7 +2,7 @@
 
 Two rules about this file. Whatever changes the state of a sequence goes through `Sequence.apply`; whatever is not in
 TRANSITIONS is an error that changes nothing. And the file knows no adapter weights, no text and no clock: a sequence
-here is its tokens, how many of them have keys and values, and the blocks those are in.
+here is its tokens, how many of them have keys and values, the blocks those are in, and the names of its prefixes.
 
                       ADAPTER_READY            ADMITTED
     WAITING_ADAPTER ───────────────▶ WAITING ───────────▶ RUNNING
@@ -16,7 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.blocks import BLOCK_SIZE
 from engine.errors import IllegalTransition
+from engine.prefix import next_key, root_key
 
 
 class State(Enum):
@@ -60,6 +62,9 @@ class Sequence:
         computed: how many of `tokens`, from the first, have keys and values.
         blocks: KV blocks, in the order of the tokens they hold.
         preemptions: times `computed` fell back to 0.
+        reuse_prefix: whether keys and values that are in the pool already may be taken over. One that needs the logits
+            of its whole prompt must compute all of it.
+        cached_tokens: tokens of the prompt taken over so before its first token; recomputation does not count.
     """
 
     arrival: int
@@ -70,7 +75,10 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
+    reuse_prefix: bool = True
+    cached_tokens: int = 0
     state: State = State.WAITING_ADAPTER
+    _prefix_keys: list[bytes] = field(default_factory=list, init=False)
 
     def apply(self, event: Event) -> None:
         """Moves to the next state; raises IllegalTransition, unchanged, where there is none."""
@@ -88,3 +96,12 @@ class Sequence:
     def output_length(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_length
+
+    def prefix_keys(self, count: int) -> list[bytes]:
+        """Keys of its first `count` blocks, which must be full."""
+        keys = self._prefix_keys
+        while len(keys) < count:
+            start = len(keys) * BLOCK_SIZE
+            parent = keys[-1] if keys else root_key(self.adapter)
+            keys.append(next_key(parent, self.tokens[start : start + BLOCK_SIZE]))
+        return keys[:count]

@@ -45,7 +45,8 @@ def assert_same_unary_and_streamed(
     assert token_ids == list(unary.token_ids)
     assert completion.finish_reason == unary.completion.finish_reason
     assert completion.stop_match == unary.completion.stop_match
-    assert completion.usage == unary.completion.usage
+    assert completion.usage.prompt_tokens == unary.completion.usage.prompt_tokens
+    assert completion.usage.output_tokens == unary.completion.usage.output_tokens
     return unary
 
 
@@ -166,9 +167,31 @@ def test_a_receipt_tells_what_happened(generation: Stub) -> None:
     assert 0 < first <= total <= elapsed
     assert receipt.engine_id == "engine-0"
     assert receipt.adapter_tier in ("disk", "host", "device")
-    assert receipt.charge >= completion.usage.prompt_tokens + completion.usage.output_tokens
-    assert completion.usage.prompt_tokens > 0 and 0 < completion.usage.output_tokens <= 8
+    usage = completion.usage
+    assert receipt.charge >= usage.prompt_tokens - usage.cached_prompt_tokens + usage.output_tokens
+    assert usage.prompt_tokens > 0 and 0 < usage.output_tokens <= 8
     assert completion.request_id
+
+
+def test_a_prompt_that_was_there_before_is_cheaper_under_the_same_adapter_only(generation: Stub, stack: Stack) -> None:
+    # Given a prompt of several blocks that nobody has asked before
+    adapters = load_catalog().adapters
+    prompt = "Of all that is written on this page, " * 8
+    found = stack.metric("engine", "loraplex_engine_prefix_cache_hit_tokens_total")
+
+    def ask(adapter_id: str) -> generation_pb2.Completion:
+        stopping = generation_pb2.StoppingParams(max_output_tokens=4, ignore_eos=True)
+        request = generation_pb2.GenerateRequest(adapter_id=adapter_id, text=prompt, stopping=stopping)
+        return generation.Generate(request, timeout=60).completion
+
+    # When it is asked twice under one adapter and once under another
+    first, again, other = ask(adapters[0].id), ask(adapters[0].id), ask(adapters[1].id)
+    # Then the second time all of its full blocks are found, and charged to nobody
+    assert (first.usage.cached_prompt_tokens, other.usage.cached_prompt_tokens) == (0, 0)
+    assert 16 <= again.usage.cached_prompt_tokens == (again.usage.prompt_tokens - 1) // 16 * 16
+    assert again.receipt.charge == first.receipt.charge - again.usage.cached_prompt_tokens
+    after = stack.metric("engine", "loraplex_engine_prefix_cache_hit_tokens_total")
+    assert after - found == again.usage.cached_prompt_tokens
 
 
 def test_logs_hold_no_traceback(stack: Stack) -> None:

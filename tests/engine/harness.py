@@ -93,7 +93,9 @@ def request(prompt: list[int], adapter: str = "", sequence_id: int = 1, **given:
 class InProcess:
     """A loop over a tiny base."""
 
-    def __init__(self, base: Base, max_sequences: int = 16, step_tokens: int = 64) -> None:
+    def __init__(
+        self, base: Base, max_sequences: int = 16, step_tokens: int = 64, *, prefix_cache: bool = True
+    ) -> None:
         self.base = base
         self.reports: list[Report] = []
         self.loop = EngineLoop(
@@ -101,6 +103,7 @@ class InProcess:
             max_sequences=max_sequences,
             step_tokens=step_tokens,
             adapter_bytes=1 << 30,
+            prefix_cache=prefix_cache,
             report=self.reports.append,
         )
         self.loop.start()
@@ -134,7 +137,7 @@ class InProcess:
 
 
 def reader(base: Base, root: Path) -> ArtifactReader:
-    return ArtifactReader(os.path.realpath(root), base.targets, torch.float32, torch.device("cpu"), 512)
+    return ArtifactReader(os.path.realpath(root), base.projections, torch.float32, torch.device("cpu"), 512)
 
 
 def tiny_base(folder: Path, **settings: Any) -> Base:

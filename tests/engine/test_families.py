@@ -28,9 +28,8 @@ from transformers import (
 from cache.artifact import AdapterFiles, BaseDescription, build_artifact
 from cache.errors import UnsupportedAdapter
 from engine.batch import Batch, build_batch
-from engine.lora import DeviceSegment
+from engine.lora import DeviceAdapter, DeviceSegment
 from engine.model import Base
-from engine.rows import DeviceAdapter
 from engine.scheduler import Row
 from engine.sequence import Sequence
 from servicekit.errors import StartupError
@@ -78,7 +77,7 @@ def random_tokens(count: int, seed: int) -> list[int]:
 
 
 def logits_of(base: Base, batch: Batch, loaded: Mapping[str, DeviceAdapter]) -> torch.Tensor:
-    segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter].pairs) for s in batch.segments]
+    segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter]) for s in batch.segments]
     return base.runner.run(batch, segments)
 
 

@@ -129,6 +129,14 @@ def test_a_row_with_bad_logits_ends_alone(llama: Path, roomy: InProcess) -> None
         assert told(beside) == told(roomy.run(good)[0])
 
 
+def test_what_a_row_with_bad_logits_computed_is_kept_for_nobody(llama: Path) -> None:
+    with misbehaving(llama, "nan") as engine:
+        assert engine.run(request([13] * 40))[0].failed.error.reason == "BAD_LOGITS"
+        assert engine.loop._scheduler.blocks.published_count == 0
+        assert engine.run(request([14] * 40))[0].finished
+        assert engine.loop._scheduler.blocks.published_count > 0
+
+
 def test_a_step_that_raises_ends_its_sequences_and_the_next_ones_are_answered(llama: Path) -> None:
     with misbehaving(llama, "raise") as engine:
         bad = engine.run(request([13, 8, 9]))[0]

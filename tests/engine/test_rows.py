@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import BadArtifact, DeviceFull, StaleRows
-from engine.lora import TargetModule
-from engine.rows import AdapterRows, ArtifactReader, DeviceAdapter
+from engine.lora import DeviceAdapter, Projection, TargetModule
+from engine.rows import AdapterRows, ArtifactReader
 
-TARGETS = (TargetModule("layers.0.q", 6, 4), TargetModule("layers.0.v", 6, 2))
+PROJECTIONS = (Projection((TargetModule("layers.0.q", 6, 4), TargetModule("layers.0.v", 6, 2))),)
 DIGEST = "d" * 64
 
 
 def reader(root: Path, max_rank: int = 8) -> ArtifactReader:
-    return ArtifactReader(str(root), TARGETS, torch.float32, torch.device("cpu"), max_rank)
+    return ArtifactReader(str(root), PROJECTIONS, torch.float32, torch.device("cpu"), max_rank)
 
 
 def tensors(rank: int = 2, name: str = "layers.0.q", out: int = 4) -> dict[str, torch.Tensor]:
@@ -28,18 +28,25 @@ def write(root: Path, content: dict[str, torch.Tensor], **metadata: str) -> str:
     return str(path)
 
 
-def test_an_artifact_becomes_pairs_by_target_module(tmp_path: Path) -> None:
-    adapter = reader(tmp_path).read(DIGEST, write(tmp_path, tensors(3)))
-    assert adapter.pairs[0] is not None and adapter.pairs[1] is None
-    assert adapter.pairs[0].a.shape == (3, 6) and adapter.pairs[0].b.shape == (4, 3)
-    assert adapter.size_bytes == (3 * 6 + 4 * 3) * 4
+def test_an_artifact_becomes_a_delta_by_projection(tmp_path: Path) -> None:
+    both = tensors(3) | tensors(2, "layers.0.v", 2)
+    adapter = reader(tmp_path).read(DIGEST, write(tmp_path, both))
+    (delta,) = adapter.deltas
+    assert delta is not None and delta.a.shape == (5, 6)
+    assert [(part.ranks, part.columns) for part in delta.parts] == [
+        (slice(0, 3), slice(0, 4)),
+        (slice(3, 5), slice(4, 6)),
+    ]
+    assert [part.b.shape for part in delta.parts] == [(3, 4), (2, 2)]
+    assert adapter.size_bytes == (3 * 6 + 4 * 3 + 2 * 6 + 2 * 2) * 4
 
 
 def test_an_adapter_outlives_its_file(tmp_path: Path) -> None:
     path = write(tmp_path, tensors())
     adapter = reader(tmp_path).read(DIGEST, path)
     Path(path).write_bytes(b"")
-    assert adapter.pairs[0] is not None and float(adapter.pairs[0].a.sum()) == 12
+    (delta,) = adapter.deltas
+    assert delta is not None and float(delta.a.sum()) == 12
 
 
 @pytest.mark.parametrize(
@@ -114,9 +121,9 @@ def test_rows_of_another_generation_are_never_handed_out() -> None:
     rows.release("a", generation)
     rows.evict("a")
     with pytest.raises(StaleRows):
-        rows.pairs("a", generation)
+        rows.adapter("a", generation)
     rows.install(adapter("a", 60))
     with pytest.raises(StaleRows) as caught:
-        rows.pairs("a", generation)
+        rows.adapter("a", generation)
     assert caught.value.metadata["expected"] == str(generation)
-    assert rows.pairs("a", rows.acquire("a")) == (None,)
+    assert rows.adapter("a", rows.acquire("a")).digest == "a"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.batch import build_batch
@@ -12,7 +12,8 @@ from engine.sequence import Sequence, State
 
 
 def make(arrival: int, prompt: int, adapter: str = "", state: State = State.WAITING) -> Sequence:
-    return Sequence(arrival, adapter, list(range(prompt)), prompt, state=state)
+    """A sequence that begins like no other."""
+    return Sequence(arrival, adapter, [arrival] * prompt, prompt, state=state)
 
 
 def finish_step(scheduler: Scheduler, step: Step) -> list[Sequence]:
@@ -137,6 +138,77 @@ def test_a_long_prompt_shares_its_steps_with_decode() -> None:
         counts.append(step.rows[1].count)
         finish_step(scheduler, step)
     assert counts == [15] * 6 + [10]
+
+
+def test_a_prompt_of_4000_tokens_costs_no_stream_a_step_and_no_step_its_budget() -> None:
+    # Given streams in decode
+    scheduler = Scheduler(BlockPool(1000), 16, 64)
+    streams = [make(arrival, 3) for arrival in range(8)]
+    for stream in streams:
+        scheduler.add(stream)
+    finish_step(scheduler, scheduler.schedule())
+    # When prompts of 4,000 tokens come
+    long = [make(arrival, 4000) for arrival in (10, 11)]
+    for sequence in long:
+        scheduler.add(sequence)
+    steps = 0
+    while not all(sequence.output_length for sequence in long):
+        step = scheduler.schedule()
+        steps += 1
+        # Then every stream has its token in every step, and no step is longer than its budget
+        assert {stream.arrival for stream in streams} <= {row.sequence.arrival for row in step.rows if row.count == 1}
+        assert sum(row.count for row in step.rows) <= 64
+        finish_step(scheduler, step)
+    assert steps == -(-8000 // (64 - 8))
+
+
+def test_a_short_prompt_behind_long_ones_has_its_token_as_if_it_had_half_the_step() -> None:
+    scheduler = Scheduler(BlockPool(2000), 16, 64)
+    for arrival in range(5):
+        scheduler.add(make(arrival, 4000))
+    finish_step(scheduler, scheduler.schedule())
+    short = make(9, 60)
+    scheduler.add(short)
+    for _ in range(2):
+        finish_step(scheduler, scheduler.schedule())
+    assert short.output_length == 1
+
+
+def test_a_long_prompt_has_half_of_every_step_however_many_short_ones_come() -> None:
+    scheduler = Scheduler(BlockPool(400), 16, 64)
+    long = make(0, 320)
+    scheduler.add(long)
+    for now in range(10):
+        for arrival in range(4):
+            scheduler.add(make(1 + now * 4 + arrival, 30))
+        for sequence in finish_step(scheduler, scheduler.schedule()):
+            if sequence is not long:
+                scheduler.remove(sequence)
+    assert long.output_length == 1
+
+
+@settings(max_examples=200, deadline=None)
+@example([213, 2, 5, 210, 209], 8)
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=8), st.integers(8, 64))
+def test_a_prompt_waits_for_twice_the_older_ones_or_twice_the_shorter_ones_at_most(
+    prompts: list[int], step_tokens: int
+) -> None:
+    scheduler = Scheduler(BlockPool(1000), 8, step_tokens)
+    for arrival, prompt in enumerate(prompts):
+        scheduler.add(make(arrival, prompt))
+    through: dict[int, int] = {}
+    now = 0
+    while scheduler.has_work:
+        now += 1
+        for sequence in finish_step(scheduler, scheduler.schedule()):
+            through[sequence.arrival] = now
+            scheduler.remove(sequence)
+    # The last token of a prompt may come alone, as in decode, and is then taken from what is shared: once per prompt.
+    count = len(prompts)
+    for arrival, prompt in enumerate(prompts):
+        of_older = count + sum(-(-older // -(-step_tokens // 2)) for older in prompts[: arrival + 1])
+        of_shorter = -(-(count + sum(other for other in prompts if other <= prompt)) // (step_tokens // 2))
+        assert through[arrival] <= min(of_older, of_shorter)
 
 
 def test_when_blocks_run_out_the_newest_is_computed_again() -> None:

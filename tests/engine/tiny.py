@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -138,10 +139,15 @@ def make_tokenizer() -> Any:
     return made(tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
-def make_model(folder: Path, family: str, seed: int = 0) -> Path:
-    """Writes a random model of a family; its weights are large enough that answers differ and are no near ties."""
+def make_model(folder: Path, family: str, seed: int = 0, **changed: Any) -> Path:
+    """Writes a random model of a family; its weights are large enough that answers differ and are no near ties.
+
+    `changed` are fields of its configuration.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])  # type: ignore[no-untyped-call]
+    config = copy.deepcopy(CONFIGS[family])
+    config.update(changed)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     embeddings = model.get_input_embeddings().weight
     # Where they are the head too, large ones would make a model repeat its last token for ever.
     deviation = 0.12 if model.config.tie_word_embeddings else 0.5

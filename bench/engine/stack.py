@@ -1,0 +1,89 @@
+"""The same bursts through `loraplex up`: gRPC, router, cache and engine, each a process of its own, and a client here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.engine.adapters import write_peft_folder
+from bench.engine.workload import OUTPUT_TOKENS, Burst, Case, prompts
+from engine.lora import TargetModule
+from loraplex import AsyncClient
+
+START_SECONDS = 180
+
+
+class Stack:
+    """A running stack with random adapters registered and on the device. Use as an asynchronous context."""
+
+    def __init__(
+        self, model: str, targets: tuple[TargetModule, ...], adapters: int, rank: int, settings: dict[str, str]
+    ) -> None:
+        self._model, self._targets, self._adapters, self._rank = model, targets, adapters, rank
+        self._settings = settings
+        self._folder = tempfile.TemporaryDirectory(prefix="loraplex-bench-")
+        self._vocab_size = 0
+
+    async def __aenter__(self) -> Stack:
+        roots, port = self._start()
+        self._client = AsyncClient(f"127.0.0.1:{port}", timeout=600)
+        deadline = time.monotonic() + START_SECONDS
+        while not self._vocab_size:
+            try:
+                self._vocab_size = (await self._client.model_info(timeout=1)).vocab_size
+            except Exception:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    sys.stderr.write(self._log.read_text(encoding="utf-8"))
+                    raise
+                await asyncio.sleep(0.5)
+        for number in range(self._adapters):
+            path = write_peft_folder(roots, number, self._targets, self._rank)
+            await self._client.adapters.register(path.name, path)
+            await self._client.adapters.preload(path.name, "device")
+        return self
+
+    def _start(self) -> tuple[Path, int]:
+        """Starts `loraplex up`; returns the adapters' folder and the port."""
+        folder = Path(os.path.realpath(self._folder.name))
+        roots = folder / "adapters"
+        roots.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "launcher", "--port", str(port), "--model", self._model]
+        command += ["--adapter-root", str(roots), "--data-dir", str(folder / "data"), "--no-demo-adapters"]
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | self._settings
+            )
+        return roots, port
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+        self._folder.cleanup()
+
+    async def burst(self, case: Case, seed: int, output_tokens: int = OUTPUT_TOKENS) -> Burst:
+        """One burst of a case, timed at the client."""
+        wanted = zip(prompts(case.concurrency, self._vocab_size, seed), case.assign(seed), strict=True)
+        began = time.perf_counter()
+        arrivals = await asyncio.gather(*(self._ask(*one, output_tokens) for one in wanted))
+        ended = max(times[-1] for times in arrivals)
+        return Burst(ended - began, [[moment - began for moment in times] for times in arrivals])
+
+    async def _ask(self, prompt: list[int], adapter: int | None, output_tokens: int) -> list[float]:
+        times: list[float] = []
+        name = "" if adapter is None else f"random-{adapter:04d}"
+        stream = self._client.stream(token_ids=prompt, adapter=name, max_output_tokens=output_tokens, ignore_eos=True)
+        async for delta in stream:
+            times += [time.perf_counter()] * len(delta.token_ids)
+        return times
