@@ -28,8 +28,9 @@ from transformers import (
 from cache.artifact import AdapterFiles, BaseDescription, build_artifact
 from cache.errors import UnsupportedAdapter
 from engine.batch import Batch, build_batch
+from engine.lanes import Lanes
 from engine.lora import DeviceAdapter, DeviceSegment
-from engine.model import Base
+from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence
 from servicekit.errors import StartupError
@@ -76,17 +77,21 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(1, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def logits_of(base: Base, batch: Batch, loaded: Mapping[str, DeviceAdapter]) -> torch.Tensor:
+def logits_of(runner: Runner, batch: Batch, loaded: Mapping[str, DeviceAdapter]) -> torch.Tensor:
     segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter]) for s in batch.segments]
-    return base.runner.run(batch, segments)
+    return runner.run(batch, segments)
 
 
+@pytest.mark.parametrize("lane_bytes", [0, 1 << 20], ids=["pages", "lanes"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_logits_are_those_of_each_adapter_alone(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_logits_are_those_of_each_adapter_alone(
+    family: str, lane_bytes: int, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     # Given the base and adapters of ranks 1, 3, 8 and 64 on different modules, a sequence for each
     folder = tiny_model(family)
     adapters = four_adapters(folder, tmp_path, family)
     base, oracle = tiny_base(folder), Oracle(folder, adapters)
+    runner = dataclasses.replace(base.runner, lanes=Lanes(base.runner.pool, lane_bytes))
     loaded = {a.digest: reader(base, tmp_path).read(a.digest, str(a.path)) for a in adapters}
     texts = [random_tokens(stops[-1], seed) for seed, stops in enumerate(STOPS)]
     digests = ["", *loaded]
@@ -103,7 +108,7 @@ def test_logits_are_those_of_each_adapter_alone(family: str, tiny_model: Callabl
             sequence.tokens = text[:stop]
         batch = build_batch([Row(sequence, sequence.computed, sequence.pending) for sequence in sequences])
         # Then each has the logits of its adapter alone
-        for row, logits in zip(batch.sampled, logits_of(base, batch, loaded), strict=True):
+        for row, logits in zip(batch.sampled, logits_of(runner, batch, loaded), strict=True):
             stop = len(row.sequence.tokens)
             assert float((logits - expected[row.sequence.arrival][stop - 1]).abs().max()) <= 1e-4, (row, stop)
             row.sequence.computed = stop
