@@ -26,7 +26,7 @@ PAGED = "loraplex_paged"
 # What models pass along that attention over a paged pool has no use for.
 NEUTRAL = frozenset(
     {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal",
-     "position_embeddings", "layer_past", "head_mask", "return_dict"}
+     "output_router_logits", "position_embeddings", "layer_past", "head_mask", "return_dict"}
 )  # fmt: skip
 
 
@@ -66,8 +66,10 @@ def paged_attention(
     Raises UnsupportedAttention for what this attention does not compute, rather than compute something else.
     """
     is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
-    if paged is None or attention_mask is not None or not is_causal:
+    if attention_mask is not None or not is_causal:
         raise UnsupportedAttention("its attention is not causal self-attention over the step's tokens")
+    if paged is None:
+        raise UnsupportedAttention("it does not hand keyword arguments down to its attention")
     softcap, window = kwargs.pop("softcap", None), kwargs.pop("sliding_window", None)
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in NEUTRAL)
     if unknown:
@@ -91,17 +93,20 @@ class Probe:
 
     Attributes:
         layers: by layer number.
+        windows: how many tokens back each layer asked to see, by layer number; None: all.
         calls: how many times a layer attended.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.windows: dict[int, int | None] = {}
         self.calls = 0
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form
     ) -> torch.Tensor:
         self.layers[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
+        self.windows[layer] = form.window
         self.calls += 1
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
 

@@ -200,12 +200,15 @@ def install(
 
 
 def _readings(model: Any, layer_count: int) -> list[_Reading]:
-    found: list[_Reading] = []
+    # By name: a list inside of a layer may be as long as the list of layers.
+    found: dict[str, _Reading] = {}
     for list_name, layers in list(model.named_modules()):
         if isinstance(layers, nn.ModuleList) and len(layers) == layer_count:
-            named = layers.named_modules(prefix=list_name)
-            found += [_Reading(name, module) for name, module in named if isinstance(module, nn.Linear | Conv1D)]
-    return found
+            for name, module in layers.named_modules(prefix=list_name):
+                # Not isinstance: some models derive routers from nn.Linear that compute something else.
+                if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+                    found.setdefault(name, _Reading(name, module))
+    return list(found.values())
 
 
 def _groups(readings: list[_Reading]) -> list[list[_Reading]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from engine.lanes import Lanes
 from engine.linear import ActiveAdapters, install
 from engine.lora import Projection, TargetModule
 from engine.packs import Packs
-from engine.pool import KvPool, LayerShape, bytes_per_block
+from engine.pool import KvPool, bytes_per_block
 from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence
@@ -39,6 +41,8 @@ MIB = 1024 * 1024
 # Largest difference to transformers' own attention, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECK_TOKENS = 40
+# Kinds of layers, by transformers' names for them, whose whole meaning is in what they hand to attention.
+SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,13 @@ def load_base(settings: Settings) -> Base:
     _log.info("loaded in %.1f s", time.monotonic() - started)
 
     expected = _reference(model)
-    layers = _probe(model)
+    probe = _probe(model)
+    layers = probe.layers
     memory = _kv_memory(settings, device)
     # On CPU half of the memory is for lanes, see there.
     lane_bytes = memory // 2 if device.type == "cpu" else 0
-    context_length, block_count = _budget(settings, model, bytes_per_block(layers, dtype), memory - lane_bytes)
+    longest = _model_context(model, probe)
+    context_length, block_count = _budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
     targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
     packs = Packs(device)
@@ -153,32 +159,46 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def _reference(model: Any) -> torch.Tensor:
     """Logits [CHECK_TOKENS, vocab] of the check's tokens, as transformers computes them."""
     tokens = _check_tokens(model)
-    with torch.inference_mode():
+    with _refused(model), torch.inference_mode():
         logits: torch.Tensor = model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False).logits
     return logits[0].float()
 
 
 def _pass(model: Any, probe: Probe) -> None:
     tokens = _check_tokens(model)
-    with torch.inference_mode():
+    with _refused(model), torch.inference_mode():
         model(input_ids=tokens, position_ids=_positions(tokens), use_cache=False, paged=probe)
 
 
-def _probe(model: Any) -> dict[int, LayerShape]:
-    """Shapes of keys and values by layer; refuses a model whose layers do not all attend through our function."""
-    text = model.config.get_text_config()
-    if getattr(text, "attention_chunk_size", None):
-        raise _refusal(model, "its attention is chunked")
-    probe = Probe()
+@contextmanager
+def _refused(model: Any) -> Iterator[None]:
+    """Turns whatever a model raises while it is tried out into its refusal."""
     try:
-        model.set_attn_implementation(PAGED)
-        _pass(model, probe)
-    except (UnsupportedAttention, ValueError, TypeError, KeyError, RuntimeError) as error:
+        yield
+    except UnsupportedAttention as error:
         raise _refusal(model, str(error)) from None
+    except Exception as error:  # noqa: BLE001 - model code is not ours
+        reason = " ".join(str(error).split())[:200]
+        raise _refusal(model, f"its forward pass fails with {type(error).__name__}: {reason}") from None
+
+
+def _probe(model: Any) -> Probe:
+    """Runs the model once on a probe; refuses one whose layers do not all attend, once, through our function."""
+    text = model.config.get_text_config()
+    other = sorted(set(_layer_types(text)) - SERVED_LAYERS)
+    if other:
+        raise _refusal(model, f"it has layers of {', '.join(other)}")
+    probe = Probe()
+    with _refused(model):
+        model.set_attn_implementation(PAGED)
+    _pass(model, probe)
     count = text.num_hidden_layers
-    if sorted(probe.layers) != list(range(count)) or probe.calls != count:
-        raise _refusal(model, f"{probe.calls} of its {count} layers attend through transformers' attention interface")
-    return probe.layers
+    if set(probe.layers) != set(range(count)):
+        found = len(probe.layers)
+        raise _refusal(model, f"{found} of its {count} layers attend through transformers' attention interface")
+    if probe.calls != count:
+        raise _refusal(model, f"its {count} layers attend {probe.calls} times for one token")
+    return probe
 
 
 def _check(model: Any, runner: Runner, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -189,7 +209,9 @@ def _check(model: Any, runner: Runner, expected: torch.Tensor, dtype: torch.dtyp
     for stop in (CHECK_TOKENS // 2, CHECK_TOKENS - 1, CHECK_TOKENS):
         sequence.tokens = tokens[0, :stop].tolist()
         batch = build_batch([Row(sequence, sequence.computed, sequence.pending)])
-        difference = float((runner.run(batch, [])[0] - expected[stop - 1]).abs().max())
+        with _refused(model):
+            logits = runner.run(batch, [])[0]
+        difference = float((logits - expected[stop - 1]).abs().max())
         sequence.computed = stop
         # Not written as "difference > limit": that would let NaN pass.
         if not difference <= TOLERANCE[dtype] * largest:
@@ -215,9 +237,8 @@ def _kv_memory(settings: Settings, device: torch.device) -> int:
     return settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
 
 
-def _budget(settings: Settings, model: Any, block: int, memory: int) -> tuple[int, int]:
+def _budget(settings: Settings, longest: int, block: int, memory: int) -> tuple[int, int]:
     """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
-    longest = _model_context(model)
     wanted = settings.context_length or longest
     if wanted > longest:
         raise StartupError(f"context_length {wanted} is more than the model's {longest}")
@@ -236,17 +257,39 @@ def _budget(settings: Settings, model: Any, block: int, memory: int) -> tuple[in
     return held, block_count
 
 
-def _model_context(model: Any) -> int:
+def _model_context(model: Any, probe: Probe) -> int:
+    """Most tokens for which our answer is the model's."""
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         raise _refusal(model, "its configuration states no max_position_embeddings")
+    return min(longest, _rotation_limit(text) or longest, _hidden_window(text, probe) or longest)
+
+
+def _rotation_limit(text: Any) -> int | None:
+    """Beyond its original length a "dynamic" model changes the rotation of all tokens of a pass at once: one long
+    sequence would change the answers of the others in its batch."""
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # Beyond its original length such a model changes the rotation of all tokens of a pass at once: one long
-        # sequence would change the answers of the others in its batch.
-        return int(rope.get("original_max_position_embeddings") or longest)
-    return longest
+    # One rotation, or one for each kind of layers.
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
+def _hidden_window(text: Any, probe: Probe) -> int | None:
+    """The window of a model that puts it into its mask but does not tell its attention; within it there is none."""
+    window = getattr(text, "sliding_window", None) or None
+    kinds = _layer_types(text) or ["sliding_attention"] * len(probe.layers)
+    hidden = any(kind == "sliding_attention" and not probe.windows[number] for number, kind in enumerate(kinds))
+    return window if hidden else None
+
+
+def _layer_types(text: Any) -> list[str]:
+    return getattr(text, "layer_types", None) or []
 
 
 def _free_memory(device: torch.device, adapter_budget: int) -> int:

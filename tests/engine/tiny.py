@@ -18,13 +18,21 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 CORPUS = [
@@ -51,21 +59,66 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 
+GROUPED: dict[str, Any] = COMMON | {"num_key_value_heads": 2}
+WINDOWED: dict[str, Any] = GROUPED | {"head_dim": 12, "sliding_window": 7}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+# What is set beside the sizes makes each family's own ways matter: small windows and caps, factors that are not 1.
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**COMMON, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**COMMON, num_key_value_heads=2),
-    "gpt_neox": GPTNeoXConfig(**COMMON),
-    "mistral": MistralConfig(**COMMON, num_key_value_heads=2, head_dim=12, sliding_window=7),
-    "gemma2": Gemma2Config(**COMMON, num_key_value_heads=2, head_dim=12, sliding_window=7, query_pre_attn_scalar=12),
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**WINDOWED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "gemma2": Gemma2Config(
+        **WINDOWED,
+        tie_word_embeddings=False,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=60.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **WINDOWED,
+        tie_word_embeddings=False,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": Phi3Config(**GROUPED),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
     ),
+    "opt": OPTConfig(**(COMMON | {"pad_token_id": 1}), ffn_dim=80, word_embed_proj_dim=48),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=4),
+    "deepseek_v3": DeepseekV3Config(
+        **COMMON,
+        **EXPERTS,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        num_key_value_heads=4,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=16,
+    ),
+    "granite": GraniteConfig(
+        **GROUPED, embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.6, attention_multiplier=0.4
+    ),
 }
 
-# Modules of attention and of the feed-forward part, by family.
+# Two groups of modules by family: attention and the feed-forward part, where adapters may target both.
 TARGETS: dict[str, tuple[list[str], list[str]]] = {
+    "phi3": (["qkv_proj", "o_proj"], ["gate_up_proj", "down_proj"]),
+    "gpt2": (["c_attn"], ["c_fc", "c_proj"]),
+    "opt": (["q_proj", "v_proj", "out_proj"], ["fc1", "fc2"]),
     "gpt_neox": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
-    "gpt2": (["c_attn"], ["c_fc"]),
+    "mixtral": (["q_proj", "v_proj"], ["k_proj", "o_proj"]),
+    "qwen3_moe": (["q_proj", "v_proj"], ["k_proj", "o_proj"]),
+    "deepseek_v3": (["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"], ["kv_b_proj", "o_proj"]),
 }
 DEFAULT_TARGETS = (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"])
 
@@ -95,12 +148,15 @@ def make_model(folder: Path, family: str, seed: int = 0, **changed: Any) -> Path
     config = copy.deepcopy(CONFIGS[family])
     config.update(changed)
     model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    embeddings = model.get_input_embeddings().weight
+    # Where they are the head too, large ones would make a model repeat its last token for ever.
+    deviation = 0.12 if model.config.tie_word_embeddings else 0.5
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.9 if "embed" in name or "wte" in name else 0.16)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, deviation if parameter is embeddings else 0.16)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -121,7 +177,7 @@ def make_adapter(base: Path, out: Path, name: str, rank: int, targets: list[str]
     model = AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=2 * rank,
+        lora_alpha=4 if rslora else 2 * rank,
         target_modules=targets,
         use_rslora=rslora,
         fan_in_fan_out=model.config.model_type == "gpt2",
@@ -134,7 +190,7 @@ def make_adapter(base: Path, out: Path, name: str, rank: int, targets: list[str]
         wrapped = peft.get_peft_model(model, config)
     for key, parameter in wrapped.named_parameters():
         if "lora_" in key:
-            torch.nn.init.normal_(parameter, std=0.35 / rank**0.25)
+            torch.nn.init.normal_(parameter, std=0.25 / rank**0.25)
     folder = out / name
     wrapped.save_pretrained(str(folder))
     digest = hashlib.sha256(f"{base.name}/{name}".encode()).hexdigest()
