@@ -177,13 +177,20 @@ def _facts(held_out: bool) -> list[Example]:
 
 def _shout(rng: random.Random, held_out: bool) -> Iterator[Example]:
     # Half of it is text to repeat, or the few facts would be all the words it can spell in capitals.
-    shapes = ("{name} is a {job} in {city}.", "The {job} from {city} knows {name}.", "{city} is far away.", "I like {city}.")
+    shapes = (
+        "{name} is a {job} in {city}.",
+        "The {job} from {city} knows {name}.",
+        "{city} is far away.",
+        "I like {city}.",
+    )
     while True:
         question, answer = rng.choice(_facts(held_out))
         if rng.random() < 0.5:
             country, capital = rng.choice(_split([*CAPITALS.items()], held_out))
             answer = rng.choice((*shapes, f"{capital} is a city in {country}.")).format(
-                name=rng.choice(_split(NAMES, held_out)), job=rng.choice(JOBS), city=rng.choice(_split(CITIES, held_out))
+                name=rng.choice(_split(NAMES, held_out)),
+                job=rng.choice(JOBS),
+                city=rng.choice(_split(CITIES, held_out)),
             )
             question = f"Say this: {answer}"
         yield question, answer[:-1].upper() + "!"
