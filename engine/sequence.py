@@ -60,6 +60,10 @@ class Sequence:
         computed: how many of `tokens`, from the first, have keys and values.
         blocks: KV blocks, in the order of the tokens they hold.
         preemptions: times `computed` fell back to 0.
+        reuse_prefix: whether keys and values that are in the pool already may be taken over. One that needs the logits
+            of its whole prompt must compute all of it.
+        unscored: places of the prompt whose logits are still to be read, for the log probability of the token after
+            each. Never those read already: recomputation does not repeat them.
     """
 
     arrival: int
@@ -70,6 +74,8 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     preemptions: int = 0
+    reuse_prefix: bool = True
+    unscored: range = range(0)
     state: State = State.WAITING_ADAPTER
 
     def apply(self, event: Event) -> None:

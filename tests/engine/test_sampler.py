@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampler import Sampled, SampleRow, Sampling, sample, uniform
+from engine.sampler import History, Sampled, SampleRow, Sampling, sample, uniform
 
 VOCAB = 50
 
@@ -23,7 +23,12 @@ VOCAB = 50
 def row(
     tokens: list[int] | None = None, prompt_length: int = 1, forbidden: Any = frozenset(), **given: Any
 ) -> SampleRow:
-    return SampleRow(Sampling(**given), tokens or [1], prompt_length, forbidden)
+    """A row whose sequence has these tokens, `prompt_length` of them the prompt."""
+    tokens = tokens or [1]
+    history = History(Sampling(**given), tokens[:prompt_length])
+    for token in tokens[prompt_length:]:
+        history.push(token)
+    return SampleRow(Sampling(**given), len(tokens), history, forbidden)
 
 
 def logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:

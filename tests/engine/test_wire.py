@@ -310,7 +310,6 @@ WRONG: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ({"stopping": public.StoppingParams(stop_token_ids=[999])}, "INVALID_FIELD", {"field": "stopping.stop_token_ids"}),
     ({"sampling": public.SamplingParams(logit_bias={384: 1})}, "INVALID_FIELD", {"field": "sampling.logit_bias"}),
     ({"constraint": public.Constraint(regex="a")}, "NOT_IMPLEMENTED", {"field": "constraint"}),
-    ({"output": public.OutputOptions(prompt_logprobs=True)}, "NOT_IMPLEMENTED", {"field": "output.prompt_logprobs"}),
 ]
 
 
