@@ -154,10 +154,10 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001 - whatever a model raises
                 attempts += self._blame(rows, error)
                 continue
+            metrics.steps.inc()
             self._scheduler.advance(Step(rows))
             for outcome in outcomes:
                 self._accept(outcome)
-        metrics.steps.inc()
         metrics.step_seconds.observe(time.monotonic() - started)
 
     def _compute(self, rows: list[Row]) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def running(tiny_model: Callable[[str], Path], adapters: list[TinyAdapter]) -> Iterator[Engine]:
-    with Engine(tiny_base(tiny_model("llama")), adapters) as engine:
+    engine = Engine(tiny_base(tiny_model("llama")), adapters)
+    with engine:
         yield engine
 
 
@@ -145,7 +147,7 @@ def test_sequences_whose_adapter_rows_are_gone_end_and_the_others_go_on(
     engine: Engine, adapters: list[TinyAdapter]
 ) -> None:
     gone, kept = adapters[1], adapters[2]
-    long = {"max_output_tokens": 200, "eos_ids": frozenset()}
+    long: dict[str, Any] = {"max_output_tokens": 200, "eos_ids": frozenset()}
     alone = answers(engine.run(request([7, 8], kept.digest, **long), request([7, 8], **long)))
     router = Router()
     for number, digest in enumerate((gone.digest, kept.digest, gone.digest, "")):

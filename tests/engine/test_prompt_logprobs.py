@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,12 @@ def test_they_are_told_once_although_they_are_computed_again(
 
 
 def test_penalties_and_bias_do_not_touch_them(base: Base, oracle: Oracle) -> None:
-    options = {"temperature": 0.5, "repetition_penalty": 1.5, "presence_penalty": 1.0, "logit_bias": {5: 50.0}}
+    options: dict[str, Any] = {
+        "temperature": 0.5,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "logit_bias": {5: 50.0},
+    }
     with InProcess(base) as engine:
         found = engine.run(request(PROMPT, prompt_logprobs=True, top_logprobs=2, max_output_tokens=3, **options))[0]
     assert_right(found, oracle, PROMPT, "", 2)

@@ -184,11 +184,11 @@ def test_no_token_without_a_chance_is_drawn_however_sums_are_rounded(weights: li
         assert weights[drawn[0]] > 0
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that see as many numbers as there are logits."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._size = size
         self.names: list[str] = []
 
@@ -200,7 +200,8 @@ class Operations(TorchDispatchMode):
 
 def operations(rows: list[SampleRow]) -> list[str]:
     values = logits(0, len(rows), 1000)
-    with Operations(values.numel()) as noted:
+    noted = Operations(values.numel())
+    with noted:
         assert all(sample(values, rows))
     return noted.names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 
@@ -45,7 +46,7 @@ async def test_what_one_engine_said_of_a_prompt_another_does_not_repeat() -> Non
     asked.output.prompt_logprobs = True
     first, second = FakeEngine("engine-0", scores=2, answers=False), FakeEngine("engine-1", scores=3)
     async with running(adapter("a", engines=("engine-0",)), engines=[first, second]) as r:
-        stream = r.generation.StreamGenerate(asked, timeout=20)
+        stream: Any = r.generation.StreamGenerate(asked, timeout=20)
         # Given the client has heard of half of its prompt from an engine that then dies
         said: list[int] = []
         while len(said) < 4:
