@@ -67,6 +67,8 @@ class Batch:
         chunks: rows that attend one by one.
         sampled: rows that yield a token, in the order of `sampled_tokens`.
         sampled_tokens: index of the last token of each of those rows.
+        scored: rows with prompt tokens whose logits are to be read as well.
+        scored_tokens: index of each of those tokens, row by row.
     """
 
     tokens: list[int]
@@ -77,11 +79,13 @@ class Batch:
     chunks: list[Chunk]
     sampled: list[Row]
     sampled_tokens: list[int]
+    scored: list[Row]
+    scored_tokens: list[int]
 
 
 def build_batch(rows: list[Row]) -> Batch:
     """Lays out the rows of a step; every row needs blocks up to its last token."""
-    batch = Batch([], [], [], [], [], [], [], [])
+    batch = Batch([], [], [], [], [], [], [], [], [], [])
     for row in sorted(rows, key=lambda row: row.sequence.adapter):
         sequence, start, stop = row.sequence, row.start, row.start + row.count
         first = len(batch.tokens)
@@ -98,6 +102,9 @@ def build_batch(rows: list[Row]) -> Batch:
         if row.yields_token:
             batch.sampled.append(row)
             batch.sampled_tokens.append(last - 1)
+        if row.scored:
+            batch.scored.append(row)
+            batch.scored_tokens.extend(place - start + first for place in row.scored)
     return batch
 
 

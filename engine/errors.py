@@ -5,7 +5,7 @@ Internal
 ├── BlocksCorrupt       BLOCKS_CORRUPT       a KV block is lost, held twice or freed twice
 ├── StaleRows           STALE_ROWS           a step would have used adapter rows that are no longer its own
 ├── BadLogits           BAD_LOGITS           the model's output for one sequence is not finite
-└── StepFailed          STEP_FAILED          the forward pass of a step raised
+└── StepFailed          STEP_FAILED          a step raised because of one sequence, or whatever it held
 Exhausted
 └── DeviceFull          DEVICE_FULL          an adapter does not fit in what is left of the adapter memory
 NotServable
@@ -50,6 +50,8 @@ class StaleRows(Internal):
             expected=expected,
             found=found,
         )
+        self.digest = digest
+        self.generation = expected
 
 
 class BadLogits(Internal):
@@ -60,10 +62,10 @@ class BadLogits(Internal):
 
 
 class StepFailed(Internal):
-    """Raised for every sequence of a step whose forward pass raised."""
+    """Raised for a sequence that makes a step raise when nothing else is in it."""
 
     def __init__(self) -> None:
-        super().__init__("the step failed, see the engine's log", "STEP_FAILED")
+        super().__init__("computing the next token failed, see the engine's log", "STEP_FAILED")
 
 
 class DeviceFull(Exhausted):

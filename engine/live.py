@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opentelemetry.trace import Span
 
 from engine.answer import Answer
+from engine.detokenizer import Detokenizer
+from engine.logprobs import TokenLogprob
 from engine.messages import Connection, Failed, Finished, Output, Request, Started
-from engine.sampler import Sampled, SampleRow
+from engine.sampler import History, Sampled, SampleRow
 from engine.sequence import Sequence
+from engine.tokenizer import Tokenizer
 from servicekit.errors import ServiceError
 from servicekit.tracing import end_span, start_span
 
@@ -28,15 +31,14 @@ class Live:
     request: Request
     connection: Connection
     answer: Answer
+    history: History
     ready: float | None = None
     has_started: bool = False
     span: Span | None = None
 
     def sample_row(self) -> SampleRow:
         """What the sampler needs for the next token."""
-        return SampleRow(
-            self.request.sampling, self.sequence.tokens, self.sequence.prompt_length, self.answer.forbidden()
-        )
+        return SampleRow(self.request.sampling, len(self.sequence.tokens), self.history, self.answer.forbidden())
 
     def begin_span(self, name: str) -> None:
         """Ends the open span and begins the next one of this sequence."""
@@ -58,21 +60,29 @@ class Live:
             end_span(self.span, error)
             self.span = None
 
-    def accept(self, sampled: Sampled) -> Output:
-        """Appends a token; returns what to tell the router. The sequence has ended when the output has an end."""
-        piece = self.answer.push(sampled.token)
-        self.sequence.tokens.append(sampled.token)
+    def accept(self, sampled: Sampled | None, prompt_logprobs: tuple[TokenLogprob, ...] = ()) -> Output:
+        """Notes what a step brought: the next token, or log probabilities of the prompt, or both.
+
+        Returns what to tell the router. The sequence has ended when that has an end.
+        """
         started = None if self.has_started else self._started()
         self.has_started = True
+        sequence = self.sequence
+        sequence.unscored = sequence.unscored[len(prompt_logprobs) :]
+        told = Output(self.request.sequence_id, prompt_logprobs=prompt_logprobs, started=started)
+        if sampled is None:
+            return told
+        piece = self.answer.push(sampled.token)
+        sequence.tokens.append(sampled.token)
+        self.history.push(sampled.token)
         end = None
         if piece.reason is not None:
-            end = Finished(piece.reason, piece.stop_match, self.answer.output_tokens, self.sequence.preemptions)
-        return Output(
-            sequence_id=self.request.sequence_id,
+            end = Finished(piece.reason, piece.stop_match, self.answer.output_tokens, sequence.preemptions)
+        return replace(
+            told,
             text=piece.text,
             token_ids=(sampled.token,) if piece.shows_token else (),
             logprobs=(sampled.logprob,) if sampled.logprob and piece.shows_token else (),
-            started=started,
             end=end,
         )
 
@@ -83,3 +93,14 @@ class Live:
     def _started(self) -> Started:
         ready = self.request.received if self.ready is None else self.ready
         return Started(self.sequence.prompt_length, self.sequence.cached_tokens, ready - self.request.received)
+
+
+def open_live(arrival: int, request: Request, connection: Connection, tokenizer: Tokenizer) -> Live:
+    """A sequence that has just come, the `arrival`-th of the engine's life."""
+    prompt = list(request.prompt)
+    sequence = Sequence(arrival, request.adapter, prompt, len(prompt), reuse_prefix=not request.prompt_logprobs)
+    if request.prompt_logprobs:
+        sequence.unscored = range(len(prompt) - 1)
+    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.byte_ids)
+    history = History(request.sampling, prompt)
+    return Live(sequence, request, connection, Answer(request.stopping, detokenizer), history)

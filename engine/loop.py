@@ -4,7 +4,7 @@ It has a thread of its own and is the only owner of sequences, KV blocks and ada
 `post`; it answers through `Connection.deliver` (one frame per router and step) and, to the cache, through `report`.
 While there is nothing to do it sleeps on the inbox.
 
-An error in a step ends the sequences of that step and nothing else.
+An error in a step ends the sequences that cause it and nothing else: what is left of the step is run without them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 from engine import metrics
-from engine.answer import Answer
-from engine.batch import Batch, build_batch
+from engine.batch import build_batch
 from engine.blocks import BlockPool
-from engine.detokenizer import Detokenizer
 from engine.errors import AdapterRemoved, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
-from engine.live import Live
+from engine.isolation import judge
+from engine.live import Live, open_live
 from engine.lora import DeviceSegment
 from engine.messages import (
     Cancel,
@@ -46,9 +45,9 @@ from engine.messages import (
     Usage,
 )
 from engine.model import Base
+from engine.outcome import Outcome, read_logits
 from engine.rows import AdapterRows
-from engine.sampler import Sampled, sample
-from engine.scheduler import Scheduler, Step
+from engine.scheduler import Row, Scheduler, Step
 from engine.sequence import Sequence, State
 from servicekit.errors import ServiceError
 
@@ -152,40 +151,57 @@ class EngineLoop:
             return
         self._step += 1
         self._note(step)
-        batch = build_batch(step.rows)
-        try:
-            tokens = self._compute(batch)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises
-            _log.exception("step %d failed; its %d sequences end", self._step, len(step.rows))
-            metrics.failed_steps.inc()
-            failure = error if isinstance(error, ServiceError) else StepFailed()
-            self._fail([self._live[row.sequence] for row in step.rows], failure)
-            return
-        self._scheduler.advance(step)
-        for row, sampled in zip(batch.sampled, tokens, strict=True):
-            self._accept(self._live[row.sequence], sampled)
-        metrics.steps.inc()
+        attempts = [step.rows]
+        while attempts:
+            rows = attempts.pop()
+            try:
+                outcomes = self._compute(rows)
+            except Exception as error:  # noqa: BLE001 - whatever a model raises
+                attempts += self._blame(rows, error)
+                continue
+            metrics.steps.inc()
+            self._scheduler.advance(Step(rows))
+            for outcome in outcomes:
+                self._accept(outcome)
         metrics.step_seconds.observe(time.monotonic() - started)
 
-    def _compute(self, batch: Batch) -> list[Sampled | None]:
-        """The forward pass and the next token of every row that yields one; None where its logits are not finite."""
+    def _compute(self, rows: list[Row]) -> list[Outcome]:
+        """One forward pass, and what is read from its logits."""
+        batch = build_batch(rows)
         segments = [
             DeviceSegment(segment.start, segment.stop, self._rows.adapter(segment.adapter, segment.generation))
             for segment in batch.segments
         ]
         logits = self._base.runner.run(batch, segments)
-        return sample(logits, [self._live[row.sequence].sample_row() for row in batch.sampled])
+        return read_logits(batch, logits, self._live)
 
-    def _accept(self, live: Live, sampled: Sampled | None) -> None:
-        if sampled is None:
+    def _blame(self, rows: list[Row], error: Exception) -> list[list[Row]]:
+        """Ends the sequences that made a pass raise, as far as it is known; returns what to run instead of it."""
+        verdict = judge(rows, error)
+        culprits = [self._live[row.sequence] for row in verdict.culprits]
+        text = "step %d: a pass over %d sequences failed, %d of them end: %r"
+        _log.error(text, self._step, len(rows), len(culprits), error, exc_info=error if culprits else None)
+        metrics.failed_steps.inc()
+        self._fail(culprits, error if isinstance(error, ServiceError) else StepFailed())
+        return verdict.retries
+
+    def _accept(self, outcome: Outcome) -> None:
+        """Gives a sequence what a pass brought it; what goes wrong here is its own as well."""
+        live = self._live[outcome.sequence]
+        if outcome.is_broken:
             self._scheduler.forget_prefix(live.sequence)
             self._fail([live], BadLogits())
             return
-        if live.answer.output_tokens == 0:
+        if outcome.sampled is not None and live.answer.output_tokens == 0:
             live.begin_span("decode")
-        output = live.accept(sampled)
+        try:
+            output = live.accept(outcome.sampled, outcome.prompt_logprobs)
+        except Exception:  # noqa: BLE001 - a tokenizer's decoder is not ours
+            _log.exception("sequence %d cannot go on with token %s", live.request.sequence_id, outcome.sampled)
+            self._fail([live], StepFailed())
+            return
         self._outputs[live.connection].append(output)
-        metrics.output_tokens.inc()
+        metrics.output_tokens.inc(outcome.sampled is not None)
         if output.end is not None:
             self._end(live)
 
@@ -204,14 +220,11 @@ class EngineLoop:
     def _on_submit(self, message: Submit) -> None:
         request = message.request
         self._arrivals += 1
-        sequence = Sequence(self._arrivals, request.adapter, list(request.prompt), len(request.prompt))
-        tokenizer = self._base.tokenizer
-        detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.byte_ids)
-        live = Live(sequence, request, message.connection, Answer(request.stopping, detokenizer))
-        self._live[sequence] = live
+        live = open_live(self._arrivals, request, message.connection, self._base.tokenizer)
+        self._live[live.sequence] = live
         self._by_id[message.connection, request.sequence_id] = live
         self._in_use[request.adapter] += 1
-        self._scheduler.add(sequence)
+        self._scheduler.add(live.sequence)
         if not request.adapter or request.adapter in self._rows:
             self._make_ready(live)
 

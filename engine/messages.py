@@ -8,8 +8,9 @@ from typing import Protocol
 from opentelemetry.context import Context
 
 from engine.answer import FinishReason, Stopping
+from engine.logprobs import TokenLogprob
 from engine.lora import DeviceAdapter
-from engine.sampler import Sampling, TokenLogprob
+from engine.sampler import Sampling
 from servicekit.errors import ServiceError
 
 
@@ -22,6 +23,7 @@ class Request:
         adapter: digest; empty for the base.
         received: when it reached the engine, monotonic seconds.
         trace: the context its spans are children of.
+        prompt_logprobs: whether the log probabilities of the prompt are wanted.
     """
 
     sequence_id: int
@@ -31,6 +33,7 @@ class Request:
     stopping: Stopping
     received: float
     trace: Context
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +64,16 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What happened to one sequence in a step."""
+    """What happened to one sequence in a step.
+
+    `prompt_logprobs` go on where the ones before them stopped; the prompt's first token has none.
+    """
 
     sequence_id: int
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     started: Started | None = None
     end: Finished | Failed | None = None
 

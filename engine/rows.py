@@ -149,10 +149,11 @@ class AdapterRows:
         return entry.generation
 
     def release(self, digest: str, generation: int) -> None:
-        """Counts one user less."""
-        entry = self._entries[digest]
-        assert entry.generation == generation and entry.users > 0
-        entry.users -= 1
+        """Counts one user less; where the rows it was promised are gone, so is their count."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.generation == generation:
+            assert entry.users > 0
+            entry.users -= 1
 
     def adapter(self, digest: str, generation: int) -> DeviceAdapter:
         """The tensors of an adapter; raises StaleRows unless they are of the generation that was promised."""

@@ -29,7 +29,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
-        """One forward pass. Returns float32 logits [len(batch.sampled), vocab_size], in the order of batch.sampled.
+        """One forward pass.
+
+        Returns float32 logits of batch.sampled_tokens, then of batch.scored_tokens: [as many as both, vocab_size].
 
         Args:
             batch: the step.
@@ -41,7 +43,9 @@ class Runner:
                 input_ids=torch.tensor([batch.tokens], device=self.device),
                 position_ids=torch.tensor([batch.positions], device=self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(batch.sampled_tokens, dtype=torch.long, device=self.device),
+                logits_to_keep=torch.tensor(
+                    batch.sampled_tokens + batch.scored_tokens, dtype=torch.long, device=self.device
+                ),
                 paged=PagedStep(batch, self.pool, self.lanes, self.device),
             )
         finally:

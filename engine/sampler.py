@@ -7,19 +7,25 @@ top-k, top-p over what top-k left, min-p; tokens exactly as likely as the last o
 Sampling inverts the cumulative distribution, in order of token id, at one uniform number per (seed, position), where
 position is the token's place in the sequence, prompt included. So a token is the same alone, in any batch, after a
 preemption, and on another engine that continues the sequence.
+
+Nothing is done to rows that do not ask for it: greedy rows cost a look at their largest logits and no more.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 
+from engine.logprobs import TokenLogprob, logprobs_of
+from engine.penalties import Bias, Penalty, SeenTokens, add_bias, penalize
+
 _MASK = (1 << 64) - 1
 # Widths at which to look for the nucleus before sorting whole rows: it is nearly always among a few hundred tokens.
 _NUCLEUS_WIDTHS = (256, 4096)
+# The cumulative distribution is taken over blocks of this many tokens first, then inside of one.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +49,40 @@ class Sampling:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
+class History:
+    """What the choice of a sequence's next token needs of its tokens and its request, kept from token to token.
+
+    Attributes:
+        seen: None where there is no penalty.
+        bias: None where there is none.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        # The other penalties do not look at the prompt.
+        relevant = prompt if sampling.repetition_penalty != 1.0 else ()
+        self.seen = SeenTokens(relevant) if sampling.penalizes else None
+        self.bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
+
+    def push(self, token: int) -> None:
+        """Adds a token of the answer."""
+        if self.seen is not None:
+            self.seen.push(token)
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """One row to choose a token for.
 
     Attributes:
-        tokens: prompt and answer so far.
-        prompt_length: how many of them are the prompt.
+        position: the token's place in its sequence.
+        history: has all tokens of the answer so far.
         forbidden: token ids that must not be chosen.
     """
 
     sampling: Sampling
-    tokens: Sequence[int]
-    prompt_length: int
+    position: int
+    history: History
     forbidden: Set[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural log probability of a token, and the most likely tokens at its place, most likely first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +99,21 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled | No
 
     None where a row has a NaN, a positive infinity, or nothing but negative infinities.
     """
-    finite = torch.isfinite(logits.amax(-1)).tolist()
     _adjust(logits, rows)
-    logprobs = {
-        index: torch.log_softmax(logits[index], -1) for index, row in enumerate(rows) if row.sampling.top_logprobs
-    }
-    for index, row in enumerate(rows):
-        if row.forbidden:
-            logits[index, sorted(row.forbidden)] = float("-inf")
-    tokens = logits.argmax(-1).tolist()
-    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0 and finite[index]]
-    if drawn:
-        for index, token in zip(drawn, _draw(logits[drawn], [rows[index] for index in drawn]), strict=True):
-            tokens[index] = token
-    return [
-        Sampled(tokens[index], _logprob(logprobs.get(index), tokens[index], row.sampling.top_logprobs))
-        if finite[index]
-        else None
-        for index, row in enumerate(rows)
-    ]
+    is_finite = torch.isfinite(logits.amax(-1))
+    allowed = logits
+    if any(row.forbidden for row in rows):
+        allowed = _without_forbidden(logits, rows)
+        is_finite &= torch.isfinite(allowed.amax(-1))
+    finite: list[bool] = is_finite.tolist()
+    tokens = _choose(allowed, rows, finite)
+    logprobs: dict[int, TokenLogprob | None] = {}
+    asked = [index for index, row in enumerate(rows) if row.sampling.top_logprobs]
+    if asked:
+        counts = [rows[index].sampling.top_logprobs for index in asked]
+        found = logprobs_of(_part(logits, asked), [tokens[index] for index in asked], counts)
+        logprobs = dict(zip(asked, found, strict=True))
+    return [Sampled(tokens[index], logprobs.get(index)) if finite[index] else None for index in range(len(rows))]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -117,85 +130,120 @@ def _mix(state: int) -> int:
 
 def _adjust(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     """Penalties and bias, in place, on the rows that ask for them."""
-    for index, row in enumerate(rows):
-        sampling = row.sampling
-        if sampling.penalizes:
-            _penalize(logits[index], row)
-        if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-            logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    penalties = [
+        Penalty(index, seen, asked.repetition_penalty, asked.frequency_penalty, asked.presence_penalty)
+        for index, row in enumerate(rows)
+        if (asked := row.sampling) and (seen := row.history.seen) is not None
+    ]
+    if penalties:
+        penalize(logits, penalties)
+    biases = {index: row.history.bias for index, row in enumerate(rows) if row.history.bias is not None}
+    if biases:
+        add_bias(logits, list(biases), list(biases.values()))
 
 
-def _penalize(logits: torch.Tensor, row: SampleRow) -> None:
-    """One row, in place: repetition over prompt and answer, frequency and presence over the answer."""
-    sampling = row.sampling
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
-        scores = logits[seen]
-        penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    counts = Counter(row.tokens[row.prompt_length :])
-    if counts and (sampling.frequency_penalty or sampling.presence_penalty):
-        answered = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[answered] -= times * sampling.frequency_penalty + sampling.presence_penalty
+def _without_forbidden(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    places = [(index, token) for index, row in enumerate(rows) for token in row.forbidden]
+    index, token = torch.tensor(places, device=logits.device).unbind(-1)
+    return logits.index_put((index, token), logits.new_tensor(float("-inf")))
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SampleRow], finite: Sequence[bool]) -> list[int]:
+    """A token for every row; any token where it is not finite."""
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0 and finite[index]]
+    tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(rows) else [0] * len(rows)
+    if drawn:
+        found = _draw(_part(logits, drawn), [rows[index] for index in drawn])
+        for index, token in zip(drawn, found, strict=True):
+            tokens[index] = token
+    return tokens
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """Samples every row of logits [rows, vocab]."""
-    temperature = _column(logits, [row.sampling.temperature for row in rows])
-    # The largest logit becomes 0 first: a tiny temperature must not overflow to infinity.
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
-    probs = _truncate(probs, [row.sampling for row in rows])
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    places = [uniform(row.sampling.seed, len(row.tokens)) for row in rows]
-    target = torch.tensor(places, dtype=torch.float64, device=logits.device)[:, None] * total
-    # Rounding may lift the target to the total itself, which no entry exceeds.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    tokens: list[int] = (cumulative > target).int().argmax(-1).tolist()
+    samplings = [row.sampling for row in rows]
+    temperature = _column(logits, [sampling.temperature for sampling in samplings])
+    # Probabilities but for a factor: the largest is 1. So a tiny temperature does not overflow to infinity.
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    _truncate(weights, samplings)
+    places = [uniform(row.sampling.seed, row.position) for row in rows]
+    return _invert(weights, torch.tensor(places, dtype=torch.float64, device=logits.device)[:, None])
+
+
+def _truncate(weights: torch.Tensor, samplings: Sequence[Sampling]) -> None:
+    """Zeroes what top-k, top-p and min-p drop, in place. The largest weight of each row is 1 and stays."""
+    vocab = weights.shape[-1]
+    ks = [min(sampling.top_k or vocab, vocab) for sampling in samplings]
+    if min(ks) < vocab:
+        widest = max(k for k in ks if k < vocab)
+        best = weights.topk(widest, -1).values
+        last = torch.tensor([min(k, widest) - 1 for k in ks], device=weights.device)[:, None]
+        keeps_all = torch.tensor([k == vocab for k in ks], device=weights.device)[:, None]
+        _drop_below(weights, best.gather(-1, last).masked_fill(keeps_all, 0.0))
+    floor = _column(weights, [sampling.min_p for sampling in samplings])
+    narrow = [index for index, sampling in enumerate(samplings) if sampling.top_p < 1]
+    if narrow:
+        share = _column(weights, [samplings[index].top_p for index in narrow])
+        floor[narrow] = torch.maximum(floor[narrow], _nucleus_floor(_part(weights, narrow), share))
+    if narrow or any(sampling.min_p > 0 for sampling in samplings):
+        _drop_below(weights, floor)
+
+
+def _drop_below(weights: torch.Tensor, floor: torch.Tensor) -> None:
+    weights.masked_fill_(weights < floor, 0.0)
+
+
+def _nucleus_floor(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Smallest weight inside each row's nucleus: the fewest tokens that have this share of the whole; [rows, 1]."""
+    vocab = weights.shape[-1]
+    wanted = share.double() * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    floor = weights.new_zeros(len(weights), 1)
+    left = list(range(len(weights)))
+    for width in (*_NUCLEUS_WIDTHS, vocab):
+        best = _part(weights, left).topk(min(width, vocab), -1).values
+        cumulative = best.cumsum(-1, dtype=torch.float64)
+        # A token is inside while the mass before it has not reached the share.
+        inside = (cumulative - best < wanted[left]).sum(-1, keepdim=True).clamp_(min=1)
+        floor[left] = best.gather(-1, inside - 1)
+        # Only the rows whose nucleus is wider are looked at once more.
+        wider: list[bool] = (cumulative[:, -1:] < wanted[left])[:, 0].tolist()
+        left = [row for row, is_wider in zip(left, wider, strict=True) if is_wider]
+        if width >= vocab or not left:
+            break
+    return floor
+
+
+def _invert(weights: torch.Tensor, share: torch.Tensor) -> list[int]:
+    """The first token of each row with which the running sum of its weights exceeds this share, [rows, 1], of them all.
+
+    Never one of weight 0, however sums are rounded. Running sums are float64: weights differ by many magnitudes.
+    """
+    vocab = weights.shape[-1]
+    whole = vocab // _BLOCK * _BLOCK
+    blocks = weights[:, :whole].unflatten(-1, (whole // _BLOCK, _BLOCK))  # type: ignore[no-untyped-call]
+    sums: torch.Tensor = blocks.sum(-1, dtype=torch.float64)
+    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    ends = torch.cat([sums, tail], -1).cumsum(-1)
+    target = _below(share * ends[:, -1:], ends[:, -1:])
+    block = (ends > target).int().argmax(-1, keepdim=True)
+    before = torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0.0)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(-1, ids.clamp(max=vocab - 1)).masked_fill_(ids >= vocab, 0.0)
+    running = inside.cumsum(-1, dtype=torch.float64)
+    place = (running > _below(target - before, running[:, -1:])).int().argmax(-1, keepdim=True)
+    tokens: list[int] = ids.gather(-1, place)[:, 0].tolist()
     return tokens
 
 
-def _truncate(probs: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Zeroes what top-k, top-p and min-p drop. Rows need not sum to 1 afterwards."""
-    vocab = probs.shape[-1]
-    ks = [min(sampling.top_k or vocab, vocab) for sampling in samplings]
-    if min(ks) < vocab:
-        widest = max((k for k in ks if k < vocab), default=1)
-        best = probs.topk(widest, -1).values
-        floors = [best[index, k - 1] if k < vocab else best.new_zeros(()) for index, k in enumerate(ks)]
-        probs = probs.masked_fill(probs < torch.stack(floors)[:, None], 0.0)
-    if any(sampling.top_p < 1 for sampling in samplings):
-        share = _column(probs, [sampling.top_p for sampling in samplings])
-        probs = probs.masked_fill(probs < _nucleus_floor(probs, share), 0.0)
-    if any(sampling.min_p > 0 for sampling in samplings):
-        least = _column(probs, [sampling.min_p for sampling in samplings])
-        probs = probs.masked_fill(probs < probs.amax(-1, keepdim=True) * least, 0.0)
-    return probs
+def _below(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The target, or the number before the total where rounding has lifted it to the total, which nothing exceeds."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
-def _nucleus_floor(probs: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Smallest probability inside each row's nucleus, [rows, 1]; 0 where the share is 1, which drops nothing."""
-    vocab = probs.shape[-1]
-    wanted = share.double() * probs.sum(-1, keepdim=True, dtype=torch.float64)
-    narrow = (share < 1).flatten()
-    for width in (*_NUCLEUS_WIDTHS, vocab):
-        best = probs.topk(min(width, vocab), -1).values
-        cumulative = best.cumsum(-1, dtype=torch.float64)
-        if width >= vocab or bool((cumulative[:, -1:] >= wanted)[narrow].all()):
-            break
-    # A token is inside while the mass before it has not reached the share.
-    inside = (cumulative - best < wanted).sum(-1, keepdim=True).clamp_(min=1)
-    return best.gather(-1, inside - 1).masked_fill(~narrow[:, None], 0.0)
+def _part(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows, in order; no copy where it is all of them."""
+    return values if len(rows) == len(values) else values[list(rows)]
 
 
 def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _logprob(logprobs: torch.Tensor | None, token: int, count: int) -> TokenLogprob | None:
-    if logprobs is None:
-        return None
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
-    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -51,6 +51,12 @@ class Row:
         """Whether the sequence has its next token after this row."""
         return self.start + self.count == len(self.sequence.tokens)
 
+    @property
+    def scored(self) -> range:
+        """Places of this row whose logits are read for the log probabilities of the prompt."""
+        unscored = self.sequence.unscored
+        return range(max(self.start, unscored.start), min(self.start + self.count, unscored.stop))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -65,6 +65,8 @@ class Sequence:
         reuse_prefix: whether keys and values that are in the pool already may be taken over. One that needs the logits
             of its whole prompt must compute all of it.
         cached_tokens: tokens of the prompt taken over so before its first token; recomputation does not count.
+        unscored: places of the prompt whose logits are still to be read, for the log probability of the token after
+            each. Never those read already: recomputation does not repeat them.
     """
 
     arrival: int
@@ -77,6 +79,7 @@ class Sequence:
     preemptions: int = 0
     reuse_prefix: bool = True
     cached_tokens: int = 0
+    unscored: range = range(0)
     state: State = State.WAITING_ADAPTER
     _prefix_keys: list[bytes] = field(default_factory=list, init=False)
 

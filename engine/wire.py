@@ -9,9 +9,10 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from engine.answer import FinishReason, Stopping
+from engine.logprobs import TokenLogprob
 from engine.messages import Failed, Finished, Frame, Load, Output, Request, Started
 from engine.model import Base
-from engine.sampler import Sampling, TokenLogprob
+from engine.sampler import Sampling
 from engine.stopping import StopStrings
 from engine.tokenizer import ChatMessage, Tokenizer
 from loraplex.engine.v1 import engine_pb2 as wire
@@ -44,8 +45,6 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
     request = submit.request
     if request.HasField("constraint"):
         raise NotImplementedYet("constraint")
-    if request.output.prompt_logprobs:
-        raise NotImplementedYet("output.prompt_logprobs")
     _check_ids("token_ids", prompt, base.vocab_size)
     limit = _output_limit(len(prompt), request.stopping, base.context_length)
     return Request(
@@ -56,6 +55,7 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
         stopping=_stopping(request.stopping, limit, base),
         received=received,
         trace=context_from(submit.traceparent),
+        prompt_logprobs=request.output.prompt_logprobs,
     )
 
 
@@ -146,6 +146,7 @@ def _output(output: Output) -> wire.SequenceOutput:
         text=output.text,
         token_ids=output.token_ids,
         logprobs=map(_logprob, output.logprobs),
+        prompt_logprobs=map(_logprob, output.prompt_logprobs),
         started=_started(output.started) if output.started else None,
         finished=_finished(output.end) if isinstance(output.end, Finished) else None,
         failed=_failed(output.end) if isinstance(output.end, Failed) else None,

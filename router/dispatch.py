@@ -221,7 +221,9 @@ class Dispatcher:
                 request.first_token_at = self._now()
             request.output_tokens += len(output.token_ids)
             metrics.OUTPUT_TOKENS.inc(len(output.token_ids))
-            request.sink.put(output.text, output.token_ids, output.logprobs)
+        delta = request.delta(output)
+        if delta:
+            request.sink.put(delta)
         if isinstance(output.end, Finished):
             request.output_tokens = output.end.output_tokens
         if output.started or output.token_ids or output.end:
@@ -273,6 +275,7 @@ class Dispatcher:
             return
         request.become(State.QUEUED)
         request.started = None
+        request.prompt_logprobs = 0
         self._flows.requeue(request.ticket)
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")

@@ -57,6 +57,7 @@ class Output:
     text: str
     token_ids: list[int]
     logprobs: list[Wire]
+    prompt_logprobs: list[Wire]
     started: Started | None
     end: Finished | Failed | None
 
@@ -79,6 +80,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[Wire]
+    prompt_logprobs: list[Wire]
 
 
 @dataclass(frozen=True, slots=True)

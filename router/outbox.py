@@ -16,13 +16,15 @@ class Outbox:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[Wire] = []
+        self._prompt_logprobs: list[Wire] = []
         self._end: Completion | ServiceError | None = None
         self._changed = asyncio.Event()
 
-    def put(self, text: str, token_ids: list[int], logprobs: list[Wire]) -> None:
-        self._text.append(text)
-        self._token_ids.extend(token_ids)
-        self._logprobs.extend(logprobs)
+    def put(self, delta: Delta) -> None:
+        self._text.append(delta.text)
+        self._token_ids.extend(delta.token_ids)
+        self._logprobs.extend(delta.logprobs)
+        self._prompt_logprobs.extend(delta.prompt_logprobs)
         self._changed.set()
 
     def close(self, end: Completion | ServiceError) -> None:
@@ -35,8 +37,8 @@ class Outbox:
             await self._changed.wait()
             self._changed.clear()
             if self._text:
-                delta = Delta("".join(self._text), self._token_ids, self._logprobs)
-                self._text, self._token_ids, self._logprobs = [], [], []
+                delta = Delta("".join(self._text), self._token_ids, self._logprobs, self._prompt_logprobs)
+                self._text, self._token_ids, self._logprobs, self._prompt_logprobs = [], [], [], []
                 yield delta
             elif isinstance(self._end, ServiceError):
                 raise self._end

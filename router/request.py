@@ -10,7 +10,7 @@ from opentelemetry.trace import Span
 
 from router.errors import IllegalTransition
 from router.flows import MICRO, Ticket
-from router.messages import Completion, Finished, Receipt, Started, Wire
+from router.messages import Completion, Delta, Finished, Output, Receipt, Started, Wire
 from router.registry_view import Adapter
 from servicekit.errors import ServiceError
 
@@ -36,7 +36,7 @@ _NEXT = {
 class Sink(Protocol):
     """Where an answer goes."""
 
-    def put(self, text: str, token_ids: list[int], logprobs: list[Wire]) -> None: ...
+    def put(self, delta: Delta) -> None: ...
 
     def close(self, end: Completion | ServiceError) -> None: ...
 
@@ -62,6 +62,9 @@ class Request:
     first_token_at: float | None = field(default=None, init=False)
     started: Started | None = field(default=None, init=False)
     output_tokens: int = field(default=0, init=False)
+    # Of the prompt, by the engine it is on now; and those that went to the client, whichever engine they came from.
+    prompt_logprobs: int = field(default=0, init=False)
+    prompt_logprobs_told: int = field(default=0, init=False)
     migrations: int = field(default=0, init=False)
     stage_span: Span | None = field(default=None, init=False)
 
@@ -80,6 +83,16 @@ class Request:
         if self.started is None:
             return self.estimated_prompt_tokens, self.output_tokens
         return self.started.prompt_tokens - self.started.cached_prompt_tokens, self.output_tokens
+
+    def delta(self, output: Output) -> Delta | None:
+        """What an output has for the client; None if nothing. What another engine said of the prompt is left out."""
+        entries = output.prompt_logprobs
+        fresh = entries[max(0, self.prompt_logprobs_told - self.prompt_logprobs) :]
+        self.prompt_logprobs += len(entries)
+        self.prompt_logprobs_told += len(fresh)
+        if not (output.text or output.token_ids or fresh):
+            return None
+        return Delta(output.text, output.token_ids, output.logprobs, fresh)
 
     def completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
         return Completion(

@@ -74,6 +74,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 text.append(event.text)
                 response.token_ids.extend(event.token_ids)
                 response.logprobs.extend(event.logprobs)
+                response.prompt_logprobs.extend(event.prompt_logprobs)
             else:
                 response.completion.CopyFrom(completion_message(event))
         response.text = "".join(text)

@@ -76,7 +76,6 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     top_logprobs: int = 0
-    prompt_logprobs: bool = False
     constrained: bool = False
     size_bytes: int = 0
 
@@ -119,8 +118,6 @@ def check_generation(request: Generation) -> None:
     check_name("request_id", request.request_id)
     if request.constrained:
         raise NotImplementedYet("constraint")
-    if request.prompt_logprobs:
-        raise NotImplementedYet("output.prompt_logprobs")
     check_prompt(request.prompt)
     _check_sampling(request.sampling)
     _check_stopping(request.stopping)

@@ -57,14 +57,18 @@ def generation_from(message: generation_pb2.GenerateRequest) -> Generation:
         ),
         stopping=Stopping(most, stopping.min_output_tokens, tuple(stopping.stop), tuple(stopping.stop_token_ids)),
         top_logprobs=message.output.top_logprobs,
-        prompt_logprobs=message.output.prompt_logprobs,
         constrained=message.HasField("constraint"),
         size_bytes=message.ByteSize(),
     )
 
 
 def delta_message(delta: Delta) -> generation_pb2.Delta:
-    return generation_pb2.Delta(text=delta.text, token_ids=delta.token_ids, logprobs=delta.logprobs)
+    return generation_pb2.Delta(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
+        prompt_logprobs=delta.prompt_logprobs,
+    )
 
 
 def completion_message(completion: Completion) -> generation_pb2.Completion:
@@ -124,7 +128,15 @@ def output_from(message: engine_pb2.SequenceOutput) -> Output:
     elif kind == "failed":
         failed = message.failed
         end = Failed(failed.code, failed.reason, failed.message, dict(failed.metadata))
-    return Output(message.sequence_id, message.text, list(message.token_ids), list(message.logprobs), started, end)
+    return Output(
+        sequence_id=message.sequence_id,
+        text=message.text,
+        token_ids=list(message.token_ids),
+        logprobs=list(message.logprobs),
+        prompt_logprobs=list(message.prompt_logprobs),
+        started=started,
+        end=end,
+    )
 
 
 def adapter_from(message: adapter_pb2.Adapter) -> Adapter:

@@ -16,6 +16,10 @@ from grpc_status import rpc_status
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 ANSWER = ("Hel", "lo ", "wörld", " 🦜")
+PROMPT_LOGPROBS = [
+    generation_pb2.TokenLogprob(token_id=7, logprob=-0.5, top=[generation_pb2.TopLogprob(token_id=8, logprob=-0.25)]),
+    generation_pb2.TokenLogprob(token_id=9, logprob=-2.0),
+]
 
 
 @dataclass
@@ -122,7 +126,10 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
     ) -> generation_pb2.GenerateResponse:
         self._received(request, context)
         return generation_pb2.GenerateResponse(
-            text="".join(ANSWER), token_ids=range(len(ANSWER)), completion=self._completion(request)
+            text="".join(ANSWER),
+            token_ids=range(len(ANSWER)),
+            prompt_logprobs=PROMPT_LOGPROBS if request.output.prompt_logprobs else [],
+            completion=self._completion(request),
         )
 
     def StreamGenerate(
@@ -137,6 +144,9 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
 
         if not context.add_callback(on_end):
             on_end()
+        if request.output.prompt_logprobs:
+            for entry in PROMPT_LOGPROBS:
+                yield generation_pb2.StreamGenerateResponse(delta=generation_pb2.Delta(prompt_logprobs=[entry]))
         sent = 0
         while sent < len(ANSWER) or self.endless:
             if failure and sent == failure.after_deltas:

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import loraplex
-from loraplex import AdapterEventKind, AsyncClient, Client, FinishReason, Message, Retry, Tier
+from loraplex import AdapterEventKind, AsyncClient, Client, FinishReason, Message, Retry, Tier, TokenLogprob
 from loraplex.errors import BY_STATUS
 from loraplex.v1 import generation_pb2
 from tests.clients.fake import ANSWER, Failure, FakeServer
@@ -87,6 +87,19 @@ def test_a_stream_joined_is_the_unary_answer(client: Client) -> None:
     assert stream.completion.finish_reason == FinishReason.EOS
     assert client.stream("hi").read() == client.generate("hi")
     assert list(stream) == []
+
+
+async def test_log_probabilities_of_the_prompt_come_in_pieces_or_at_once(server: FakeServer, client: Client) -> None:
+    expected = (TokenLogprob(7, -0.5, ((8, -0.25),)), TokenLogprob(9, -2.0, ()))
+    assert client.generate("hi").prompt_logprobs == ()
+    assert client.generate("hi", prompt_logprobs=True).prompt_logprobs == expected
+    assert client.stream("hi", prompt_logprobs=True).read().prompt_logprobs == expected
+    pieces = [delta.prompt_logprobs for delta in client.stream("hi", prompt_logprobs=True)]
+    assert pieces == [expected[:1], expected[1:], *[()] * len(ANSWER)]
+    async with AsyncClient(server.address) as other:
+        assert (await other.generate("hi", prompt_logprobs=True)).prompt_logprobs == expected
+        stream = other.stream("hi", prompt_logprobs=True)
+        assert [delta.prompt_logprobs async for delta in stream] == pieces
 
 
 async def test_the_asyncio_client_answers_the_same(server: FakeServer, client: Client) -> None:

@@ -65,3 +65,30 @@ def test_every_adapter_answers_as_peft_does_with_that_adapter_alone(stack: Stack
             if chosen != answer:
                 wrong[adapter_id, prompt] = (answer, chosen)
     assert not wrong
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_peft_streamed_or_not(stack: Stack, base: Path) -> None:
+    adapter_id = load_catalog().adapters[0].id
+    text = "Once upon a time, in a village by the sea, there lived a parrot who knew every song. " * 3
+    asked = generation_pb2.GenerateRequest(
+        adapter_id=adapter_id,
+        text=text,
+        stopping=generation_pb2.StoppingParams(max_output_tokens=4, ignore_eos=True),
+        output=generation_pb2.OutputOptions(prompt_logprobs=True, top_logprobs=2),
+    )
+    with stack.channel() as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        found = stub.Generate(asked, timeout=120).prompt_logprobs
+        # What the first request left in the prefix cache is not used: its logits are gone
+        again = [entry for event in stub.StreamGenerate(asked, timeout=120) for entry in event.delta.prompt_logprobs]
+    prompt = AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), ADAPTERS / adapter_id
+    )
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(input_ids=torch.tensor([prompt])).logits[0].float(), -1)
+    assert [entry.token_id for entry in found] == [entry.token_id for entry in again] == prompt[1:]
+    for entries in (found, again):
+        for place, entry in enumerate(entries):
+            assert abs(entry.logprob - float(expected[place, entry.token_id])) <= 1e-4
+            assert [abs(top.logprob - float(expected[place, top.token_id])) <= 1e-4 for top in entry.top] == [True] * 2

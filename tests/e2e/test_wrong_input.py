@@ -77,11 +77,6 @@ WRONG_REQUESTS: dict[str, tuple[Request, grpc.StatusCode, str]] = {
         grpc.StatusCode.UNIMPLEMENTED,
         "constraint",
     ),
-    "prompt logprobs": (
-        Request(text="x", output=generation_pb2.OutputOptions(prompt_logprobs=True)),
-        grpc.StatusCode.UNIMPLEMENTED,
-        "prompt_logprobs",
-    ),
 }
 
 

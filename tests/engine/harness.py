@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Router:
 
 
 def request(prompt: list[int], adapter: str = "", sequence_id: int = 1, **given: Any) -> Request:
-    """A request; keywords go to Sampling or Stopping by name."""
+    """A request; keywords go to Sampling or Stopping by name, or to the request itself."""
     stopping: dict[str, Any] = {
         "max_output_tokens": 16,
         "min_output_tokens": 0,
@@ -84,10 +84,12 @@ def request(prompt: list[int], adapter: str = "", sequence_id: int = 1, **given:
         "eos_ids": frozenset({0}),
         "include_stop": False,
     }
+    prompt_logprobs = given.pop("prompt_logprobs", False)
     stopping |= {key: given.pop(key) for key in list(given) if key in stopping}
     return Request(
-        sequence_id, adapter, tuple(prompt), Sampling(**given), Stopping(**stopping), time.monotonic(), Context()
-    )
+        sequence_id, adapter, tuple(prompt), Sampling(**given), Stopping(**stopping), time.monotonic(), Context(),
+        prompt_logprobs,
+    )  # fmt: skip
 
 
 class InProcess:
@@ -123,15 +125,7 @@ class InProcess:
         router = Router()
         ids = range(1, len(requests) + 1)
         for number, wanted in zip(ids, requests, strict=True):
-            self.loop.post(
-                Submit(
-                    router,
-                    Request(
-                        number, wanted.adapter, wanted.prompt, wanted.sampling, wanted.stopping, wanted.received,
-                        wanted.trace,
-                    ),
-                )
-            )  # fmt: skip
+            self.loop.post(Submit(router, replace(wanted, sequence_id=number)))
         router.wait(*ids, timeout=timeout)
         return [router.sequences[number] for number in ids]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention import Form, PagedStep
-from engine.batch import Batch, build_batch
+from engine.batch import build_batch
 from engine.blocks import BLOCK_SIZE, blocks_for
 from engine.lanes import Lanes
 from engine.pool import KvPool, LayerShape
@@ -109,5 +109,5 @@ def test_what_another_sequence_left_in_a_lane_does_not_show() -> None:
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_without_singles_nothing_is_held(budget: int) -> None:
     lanes = Course(budget).lanes[0]
-    assert lanes.arrange(Batch([], [], [], [], [], [], [], []).singles) == ([], [])
+    assert lanes.arrange([]) == ([], [])
     assert lanes.size_bytes == 0

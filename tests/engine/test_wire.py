@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from prometheus_client import REGISTRY
 
 from engine.cache_link import CacheLink
@@ -310,7 +311,6 @@ WRONG: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ({"stopping": public.StoppingParams(stop_token_ids=[999])}, "INVALID_FIELD", {"field": "stopping.stop_token_ids"}),
     ({"sampling": public.SamplingParams(logit_bias={384: 1})}, "INVALID_FIELD", {"field": "sampling.logit_bias"}),
     ({"constraint": public.Constraint(regex="a")}, "NOT_IMPLEMENTED", {"field": "constraint"}),
-    ({"output": public.OutputOptions(prompt_logprobs=True)}, "NOT_IMPLEMENTED", {"field": "output.prompt_logprobs"}),
 ]
 
 
@@ -350,6 +350,27 @@ async def test_logprobs_and_text_come_with_the_tokens(stack: Stack) -> None:
     assert [logprob.token_id for logprob in logprobs] == tokens
     assert all(len(logprob.top) == 3 and logprob.top[0].token_id == logprob.token_id for logprob in logprobs)
     assert stream.sequences[1].text == stack.base.tokenizer.decode(tokens)
+
+
+async def test_logprobs_of_a_prompt_come_in_pieces_with_the_steps_that_compute_it(stack: Stack) -> None:
+    stream = await stack.stream()
+    prompt = [5 + i % 90 for i in range(150)]
+    asked = public.OutputOptions(top_logprobs=2, prompt_logprobs=True)
+    for sequence_id, output in enumerate((asked, public.OutputOptions(top_logprobs=2))):
+        stream.submit(sequence_id, token_ids=public.TokenIds(ids=prompt), output=output)
+    await asyncio.gather(stream.end_of(0), stream.end_of(1))
+    outputs = [output for frame in stream.frames for output in frame.outputs]
+    entries = [list(output.prompt_logprobs) for output in outputs if output.sequence_id == 0]
+    assert not any(output.prompt_logprobs for output in outputs if output.sequence_id == 1)
+    # No step has more than 64 tokens
+    assert sum(bool(piece) for piece in entries) >= 3 and max(map(len, entries)) <= 64
+    found = [entry for piece in entries for entry in piece]
+    expected = torch.log_softmax(Oracle(stack.folder, []).logits(prompt), -1)
+    assert [entry.token_id for entry in found] == prompt[1:]
+    for place, entry in enumerate(found):
+        assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=1e-4)
+        assert [top.token_id for top in entry.top] == expected[place].topk(2).indices.tolist()
+    assert stream.sequences[0].token_ids == stream.sequences[1].token_ids
 
 
 async def test_a_drain_lets_open_sequences_finish_and_refuses_new_ones(stack: Stack) -> None:

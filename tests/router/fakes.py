@@ -34,7 +34,8 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     """Produces WORDS in turn, one per sequence and step, `max_output_tokens` of them.
 
-    A sequence starts when `starts` says so, and steps are taken while `stepping` is set.
+    A sequence starts when `starts` says so, and steps are taken while `stepping` is set. Where the log probabilities of
+    the prompt are wanted, `scores` steps bring two of them each first, and with `answers` unset that is all.
     """
 
     engine_id: str = "engine-0"
@@ -47,6 +48,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     cancelled: list[int] = field(default_factory=list)
     running: dict[int, tuple[Submission, int]] = field(default_factory=dict)
     steps: int = 0
+    scores: int = 3
+    answers: bool = True
 
     def __post_init__(self) -> None:
         self.stepping = asyncio.Event()
@@ -109,9 +112,18 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         if done == 0:
             output.started.prompt_tokens = len(submission.request.text)
             output.started.adapter_wait.FromMilliseconds(7)
+        scored = self.scores if submission.request.output.prompt_logprobs else 0
+        if done < scored:
+            output.prompt_logprobs.extend(
+                generation_pb2.TokenLogprob(token_id=2 * done + half, logprob=-1) for half in (0, 1)
+            )
+        if done < scored or not self.answers:
+            self.running[number] = (submission, done + 1)
+            return output if done < scored else None
+        done -= scored
         output.text = self.word or WORDS[done % len(WORDS)]
         output.token_ids.append(done)
-        self.running[number] = (submission, done + 1)
+        self.running[number] = (submission, scored + done + 1)
         if done + 1 >= submission.request.stopping.max_output_tokens:
             del self.running[number]
             output.finished.finish_reason = generation_pb2.FINISH_REASON_LENGTH

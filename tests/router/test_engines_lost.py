@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 
@@ -38,6 +39,28 @@ async def test_another_engine_takes_over_what_had_no_token() -> None:
         await first.stop()
         answer = await call
         assert (answer.completion.receipt.engine_id, answer.completion.receipt.migrations) == ("engine-1", 1)
+
+
+async def test_what_one_engine_said_of_a_prompt_another_does_not_repeat() -> None:
+    asked = request("x", "a", tokens=4)
+    asked.output.prompt_logprobs = True
+    first, second = FakeEngine("engine-0", scores=2, answers=False), FakeEngine("engine-1", scores=3)
+    async with running(adapter("a", engines=("engine-0",)), engines=[first, second]) as r:
+        stream: Any = r.generation.StreamGenerate(asked, timeout=20)
+        # Given the client has heard of half of its prompt from an engine that then dies
+        said: list[int] = []
+        while len(said) < 4:
+            said += [entry.token_id for entry in (await stream.read()).delta.prompt_logprobs]
+        await first.stop()
+        events = await collect(stream)
+        said += [entry.token_id for event in events for entry in event.delta.prompt_logprobs]
+        assert said == list(range(6))
+        assert [token for event in events for token in event.delta.token_ids] == list(range(4))
+        assert events[-1].completion.receipt.migrations == 1
+        assert events[-1].completion.receipt.time_to_first_token.ToNanoseconds() > 0
+        # And a unary call has all of it in one piece
+        unary = await r.generation.Generate(asked, timeout=20)
+        assert [entry.token_id for entry in unary.prompt_logprobs] == list(range(6))
 
 
 async def test_an_answer_that_had_begun_is_aborted() -> None:

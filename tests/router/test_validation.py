@@ -89,7 +89,6 @@ def test_a_bad_field_is_named_with_its_value_and_limit(number: int) -> None:
     [
         ("constraint", Request(text="x", constraint=generation_pb2.Constraint(json_object=True))),
         ("constraint", Request(text="x", constraint=generation_pb2.Constraint())),
-        ("output.prompt_logprobs", Request(text="x", output=generation_pb2.OutputOptions(prompt_logprobs=True))),
     ],
 )
 def test_a_field_that_is_not_served_yet_is_named(path: str, request_: Request) -> None:
@@ -120,7 +119,7 @@ GOOD = [
         ),
     ),
     Request(text="x", stopping=Stopping(min_output_tokens=10**6)),
-    Request(text="x", output=generation_pb2.OutputOptions(top_logprobs=20)),
+    Request(text="x", output=generation_pb2.OutputOptions(top_logprobs=20, prompt_logprobs=True)),
 ]  # fmt: skip
 
 

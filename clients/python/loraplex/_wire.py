@@ -36,6 +36,7 @@ def generation(response: generation_pb2.GenerateResponse) -> Generation:
         text=response.text,
         token_ids=tuple(response.token_ids),
         logprobs=_logprobs(response.logprobs),
+        prompt_logprobs=_logprobs(response.prompt_logprobs),
         **_ending(response.completion),
     )
 
@@ -47,6 +48,7 @@ def joined(deltas: Iterable[Delta], completion: Completion) -> Generation:
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        prompt_logprobs=tuple(entry for piece in pieces for entry in piece.prompt_logprobs),
         **vars(completion),
     )
 
@@ -56,7 +58,7 @@ def stream_event(response: generation_pb2.StreamGenerateResponse) -> Delta | Com
     kind = response.WhichOneof("event")
     if kind == "delta":
         delta = response.delta
-        return Delta(delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs))
+        return Delta(delta.text, tuple(delta.token_ids), _logprobs(delta.logprobs), _logprobs(delta.prompt_logprobs))
     return Completion(**_ending(response.completion)) if kind == "completion" else None
 
 

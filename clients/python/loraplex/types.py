@@ -53,7 +53,7 @@ class Message:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of a produced token, and of the most likely ones at its place: (token id, log probability)."""
+    """Log probability of a token, and of the most likely ones at its place: (token id, log probability)."""
 
     token_id: int
     logprob: float
@@ -62,11 +62,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of an answer. Text and token ids of one delta need not match."""
+    """The next piece of an answer. Text and token ids of one delta need not match.
+
+    `prompt_logprobs` come before the text, when asked for: one for each token of the prompt but the first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,17 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Completion):
-    """A whole answer."""
+    """A whole answer.
+
+    Attributes:
+        logprobs: one for each token id, when asked for with `top_logprobs`.
+        prompt_logprobs: one for each token of the prompt but the first, when asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

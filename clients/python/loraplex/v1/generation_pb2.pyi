@@ -436,7 +436,10 @@ class OutputOptions(_message.Message):
     most likely tokens, 0 to 20. 0 returns no log probabilities.
     """
     prompt_logprobs: _builtins.bool
-    """Log probabilities of the prompt's tokens."""
+    """Also the log probability of every prompt token but the first, which nothing
+    predicts, each with its top_logprobs most likely alternatives. The prompt
+    is then computed from its start, whatever the prefix cache holds.
+    """
     def __init__(
         self,
         *,
@@ -461,6 +464,7 @@ class GenerateResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer's text."""
     @_builtins.property
@@ -475,6 +479,12 @@ class GenerateResponse(_message.Message):
     def completion(self) -> Global___Completion:
         """How the answer ended and what it cost."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One entry per prompt token but the first when OutputOptions.prompt_logprobs
+        is set.
+        """
+
     def __init__(
         self,
         *,
@@ -482,10 +492,11 @@ class GenerateResponse(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         completion: Global___Completion | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,7 +538,8 @@ Global___StreamGenerateResponse: _TypeAlias = StreamGenerateResponse  # noqa: Y0
 class Delta(_message.Message):
     """The next piece of an answer. Text that may still become part of a stop string
     or of an unfinished character is held back, so text and token ids of one
-    delta need not match.
+    delta need not match. The log probabilities of a prompt come in pieces too,
+    before the text.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -535,6 +547,7 @@ class Delta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text to append."""
     @_builtins.property
@@ -545,16 +558,21 @@ class Delta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One entry per token id when OutputOptions.top_logprobs is above 0."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Entries to append to those of the prompt."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -562,8 +580,8 @@ Global___Delta: _TypeAlias = Delta  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """Log probability of one produced token, after penalties and logit bias, before
-    temperature and truncation.
+    """Log probability of one token: of a produced one after penalties and logit
+    bias, before temperature and truncation; of a prompt's as the model has it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -572,7 +590,7 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
-    """The token that was produced."""
+    """The token."""
     logprob: _builtins.float
     """Its natural log probability."""
     @_builtins.property

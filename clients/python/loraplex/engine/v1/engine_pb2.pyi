@@ -225,6 +225,7 @@ class SequenceOutput(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     text: _builtins.str
@@ -249,6 +250,12 @@ class SequenceOutput(_message.Message):
     def failed(self) -> Global___SequenceFailed:
         """It could not be answered."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """Log probabilities of the prompt's next tokens when asked for, each place
+        once; all of them come before or with the first token.
+        """
+
     def __init__(
         self,
         *,
@@ -259,10 +266,11 @@ class SequenceOutput(_message.Message):
         started: Global___SequenceStarted | None = ...,
         finished: Global___SequenceFinished | None = ...,
         failed: Global___SequenceFailed | None = ...,
+        prompt_logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "failed", b"failed", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "failed", b"failed", "finished", b"finished", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "started", b"started", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "failed", b"failed", "finished", b"finished", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sequence_id", b"sequence_id", "started", b"started", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_end: _TypeAlias = _typing.Literal["finished", "failed"]  # noqa: Y015
     _WhichOneofArgType_end: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
