@@ -182,6 +182,8 @@ class EngineLoop:
         text = "step %d: a pass over %d sequences failed, %d of them end: %r"
         _log.error(text, self._step, len(rows), len(culprits), error, exc_info=error if culprits else None)
         metrics.failed_steps.inc()
+        for live in culprits:
+            self._scheduler.forget_prefix(live.sequence)
         self._fail(culprits, error if isinstance(error, ServiceError) else StepFailed())
         return verdict.retries
 
