@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV := $(VENV)/proto
 PROTO_FILES := $(shell find proto -name '*.proto' | sort)
-PACKAGES := router engine cache launcher servicekit demo clients/python tests
+PACKAGES := router engine cache launcher servicekit demo clients/python tests bench
 
 .DEFAULT_GOAL := help
 .PHONY: help setup proto fmt check test demo serve bench compose-test clean

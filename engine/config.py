@@ -22,7 +22,9 @@ class Settings:
     max_sequences: int = setting(32, "Most sequences that run at the same time.")
     step_tokens: int = setting(512, "Most tokens in one step, decode and prefill together.")
     context_length: int = setting(0, "Most tokens of prompt and answer together; 0 takes the model's.")
-    kv_memory_mib: int = setting(0, "Memory for keys and values; 0 takes a share of what is free. On CPU half of it speeds up decode.")
+    kv_memory_mib: int = setting(
+        0, "Memory for keys and values; 0 takes a share of what is free. On CPU half of it speeds up decode."
+    )
     prefix_cache: bool = setting(True, "Keep keys and values of prompts and answers for requests that begin the same.")
     adapter_memory_mib: int = setting(1024, "Device memory for adapters.")
     max_rank: int = setting(512, "Largest adapter rank to accept.")

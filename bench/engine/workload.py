@@ -97,4 +97,4 @@ def cases(concurrency: list[int], adapters: list[int], popularities: list[str]) 
 
 def median_of(bursts: list[Burst], figure: str) -> float:
     """Median of one figure over the bursts of a case."""
-    return statistics.median(getattr(burst, figure) for burst in bursts)
+    return float(statistics.median(getattr(burst, figure) for burst in bursts))
