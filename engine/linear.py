@@ -12,6 +12,7 @@ torch.compile emits; where they are missing, it is not a candidate.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 import time
@@ -25,6 +26,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from engine.lora import Projection, StepDeltas, TargetModule
+
+_log = logging.getLogger(__name__)
 
 # Rows of the products that are timed: decode alone, decode of a few and of many, prefill.
 TIMED_ROWS = (1, 8, 32, 256)
@@ -248,5 +251,7 @@ def _storage_for(model: Any, groups: list[list[_Reading]]) -> Storage:
     if model.device.type != "cpu" or not groups:
         return as_given
     largest = max(groups, key=lambda group: sum(_weight(reading.module).numel() for reading in group))
-    name, _ = fastest_storage(_joined(largest)[0])
+    name, seconds = fastest_storage(_joined(largest)[0])
+    times = ", ".join(f"{other} {1e6 * mean:.0f} µs" for other, mean in seconds.items())
+    _log.info("weights are stored %s; mean time of a product: %s", name, times)
     return STORAGES[name]
