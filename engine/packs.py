@@ -104,10 +104,9 @@ class Pack:
         """Makes the pack hold exactly these segments' adapters."""
         before = len(self._slots)
         adapters = {segment.adapter.serial: segment.adapter for segment in segments}
-        writes = self._slots.update(adapters)
-        if len(self._slots) > self._capacity:
-            self._grow(segments[0].adapter, len(self._slots), before)
-        for write in writes:
+        if len(adapters) > self._capacity:
+            self._grow(segments[0].adapter, len(adapters), before)
+        for write in self._slots.update(adapters):
             source = adapters[write.key].deltas if write.source is None else self._at(write.source)
             for stored, delta in zip(self._at(write.slot), source, strict=True):
                 if stored is not None and delta is not None:
@@ -150,7 +149,7 @@ class Packs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._packs: defaultdict[tuple[object, int], Pack] = defaultdict(Pack)
+        self._packs: dict[tuple[object, int], Pack] = {}
         self._step = 0
 
     @property
@@ -173,9 +172,11 @@ class Packs:
             if len(group) == 1:
                 arranged.append(Alone(group[0]))
                 continue
-            pack = self._packs[key]
-            pack.last_used = self._step
+            # Out of the way until it holds what its slots say: one that failed half-way must not be used again.
+            pack = self._packs.pop(key, None) or Pack()
             arranged.append(pack.hold(group, key[1], self._device))
+            pack.last_used = self._step
+            self._packs[key] = pack
         if self._step % IDLE_STEPS == 0:
             for key in [key for key, pack in self._packs.items() if self._step - pack.last_used >= IDLE_STEPS]:
                 del self._packs[key]

@@ -264,6 +264,15 @@ async def serve_cache(
             await server.drain(0)
 
 
+@pytest.fixture(scope="module")
+def module_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """One store for all tests of a file, for those that are not about the store."""
+    store = Store(binary_of("valkey"), tmp_path_factory.mktemp("s"))
+    store.start()
+    yield store
+    store.kill()
+
+
 @pytest.fixture
 async def cache(store: Store, tmp_path: Path) -> AsyncIterator[Cache]:
     async with serve_cache(store.url, tmp_path) as served:

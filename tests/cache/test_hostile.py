@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cache.artifact import build_artifact
 from cache.errors import MalformedAdapter
 from loraplex.v1 import adapter_pb2 as pb
 from servicekit.errors import ServiceError
-from tests.cache.conftest import BASE, Cache, FakeEngine, Store, binary_of, make_tensors, serve_cache, write_adapter
+from tests.cache.conftest import BASE, Cache, FakeEngine, Store, make_tensors, serve_cache, write_adapter
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 INVALID, UNSERVED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
@@ -180,17 +180,9 @@ HOSTILE: dict[str, tuple[Folder, grpc.StatusCode, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def store_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    store = Store(binary_of("valkey"), tmp_path_factory.mktemp("s"))
-    store.start()
-    yield store
-    store.kill()
-
-
 @pytest.fixture
-async def attached(store_of_module: Store, tmp_path: Path) -> AsyncIterator[Cache]:
-    async with serve_cache(store_of_module.url, tmp_path) as cache:
+async def attached(module_store: Store, tmp_path: Path) -> AsyncIterator[Cache]:
+    async with serve_cache(module_store.url, tmp_path) as cache:
         engine = FakeEngine(cache.residency)
         await engine.attach()
         yield cache

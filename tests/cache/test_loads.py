@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from tests.cache.conftest import (
     Cache,
     FakeEngine,
     Store,
-    binary_of,
     eventually,
     make_tensors,
     serve_cache,
@@ -34,14 +33,6 @@ from tests.cache.conftest import (
 from tests.cache.test_service import get, refused, register, tiers
 
 SIZE = 2_000
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    store = Store(binary_of("valkey"), tmp_path_factory.mktemp("s"))
-    store.start()
-    yield store
-    store.kill()
 
 
 class SlowSource:
@@ -91,8 +82,8 @@ async def lose_everywhere(cache: Cache, digest: str) -> None:
     cache.manager.shelf.disk.path(key).unlink()
 
 
-async def test_a_caller_who_goes_away_takes_nobodys_load_with_him(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, slow):
+async def test_a_caller_who_goes_away_takes_nobodys_load_with_him(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, slow):
         [digest] = await some(cache, 1)
         await lose_everywhere(cache, digest)
         slow.go_on.clear()
@@ -111,8 +102,8 @@ async def test_a_caller_who_goes_away_takes_nobodys_load_with_him(valkey: Store,
         assert slow.reads == 2
 
 
-async def test_the_host_tier_keeps_its_budget_whatever_is_asked_at_once(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path, host_bytes=5 * SIZE) as (cache, _, _slow):
+async def test_the_host_tier_keeps_its_budget_whatever_is_asked_at_once(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path, host_bytes=5 * SIZE) as (cache, _, _slow):
         folder, worst = cache.manager.shelf.host.folder, 0
         registering = asyncio.ensure_future(some(cache, 24))
         while not registering.done():
@@ -128,8 +119,8 @@ async def test_the_host_tier_keeps_its_budget_whatever_is_asked_at_once(valkey: 
         assert pb.TIER_HOST in tiers((await cache.adapters.PreloadAdapter(again)).adapter)
 
 
-async def test_a_full_disk_refuses_the_next_one_and_nobody_else(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path, disk_bytes=2 * SIZE) as (cache, engine, _):
+async def test_a_full_disk_refuses_the_next_one_and_nobody_else(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path, disk_bytes=2 * SIZE) as (cache, engine, _):
         digests = await some(cache, 2)
         error = await refused(register(cache, "x", write_adapter(cache.root / "x", make_tensors(seed=9))))
         assert error.reason == "TIER_FULL" and error.metadata["tier"] == "disk"
@@ -140,15 +131,17 @@ async def test_a_full_disk_refuses_the_next_one_and_nobody_else(valkey: Store, t
         assert await register(cache, "x", cache.root / "x")
 
 
-async def test_an_adapter_larger_than_shared_memory_is_refused(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path, host_bytes=100) as (cache, _, _slow):
+async def test_an_adapter_larger_than_shared_memory_is_refused(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path, host_bytes=100) as (cache, _, _slow):
         error = await refused(register(cache))
         assert error.reason == "ADAPTER_TOO_LARGE" and error.metadata["tier"] == "host"
         await eventually(lambda: not cache.manager.shelf.disk.sizes())
 
 
-async def test_look_ahead_pushes_out_no_look_ahead_but_a_waiting_sequence_does(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_look_ahead_pushes_out_no_look_ahead_but_a_waiting_sequence_does(
+    module_store: Store, tmp_path: Path
+) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         digests = await some(cache, 4)
         device(cache).budget_bytes = engine.budget = 2 * (await get(cache, "a0")).size_bytes
         for digest in digests[:2]:
@@ -168,8 +161,8 @@ async def test_look_ahead_pushes_out_no_look_ahead_but_a_waiting_sequence_does(v
         assert LOOK_AHEAD_SECONDS > 1
 
 
-async def test_look_ahead_without_an_engine_goes_half_the_way(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, _, _slow):
+async def test_look_ahead_without_an_engine_goes_half_the_way(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, _, _slow):
         [digest] = await some(cache, 1)
         key = ArtifactKey(digest, "float32")
         cache.manager.shelf._unstage(key)
@@ -177,8 +170,8 @@ async def test_look_ahead_without_an_engine_goes_half_the_way(valkey: Store, tmp
         await eventually(lambda: cache.manager.shelf.place(key) is Place.HOST)
 
 
-async def test_a_sequence_that_went_away_wants_nothing(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_a_sequence_that_went_away_wants_nothing(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         digests = await some(cache, 2)
         device(cache).budget_bytes = engine.budget = (await get(cache, "a0")).size_bytes
         await engine.use(digests[0])
@@ -193,8 +186,8 @@ async def test_a_sequence_that_went_away_wants_nothing(valkey: Store, tmp_path: 
         assert len(engine.loads) == 1 and not engine.evictions
 
 
-async def test_what_is_pinned_and_too_large_is_not_refused_over_and_over(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_what_is_pinned_and_too_large_is_not_refused_over_and_over(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         device(cache).budget_bytes = 10
         await some(cache, 1, pinned=True)
         for _ in range(10):
@@ -206,8 +199,8 @@ async def test_what_is_pinned_and_too_large_is_not_refused_over_and_over(valkey:
         await eventually(lambda: len(engine.refusals) == 1)
 
 
-async def test_an_engine_of_another_number_type_gets_its_own_artifact(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_an_engine_of_another_number_type_gets_its_own_artifact(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         [digest] = await some(cache, 1)
         half = FakeEngine(cache.residency, engine_id="engine-1", dtype="bfloat16")
         await half.attach()
@@ -219,8 +212,8 @@ async def test_an_engine_of_another_number_type_gets_its_own_artifact(valkey: St
         half.leave()
 
 
-async def test_an_engine_that_cannot_run_the_rank_is_not_sent_it(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, _, _slow):
+async def test_an_engine_that_cannot_run_the_rank_is_not_sent_it(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, _, _slow):
         [digest] = await some(cache, 1)
         small = FakeEngine(cache.residency, engine_id="engine-1", max_rank=2)
         await small.attach()
@@ -230,8 +223,8 @@ async def test_an_engine_that_cannot_run_the_rank_is_not_sent_it(valkey: Store, 
         small.leave()
 
 
-async def test_two_engines_of_one_name_or_of_two_bases_cannot_be_attached(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, _, _slow):
+async def test_two_engines_of_one_name_or_of_two_bases_cannot_be_attached(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, _, _slow):
         error = await refused(FakeEngine(cache.residency).attach())
         assert error.reason == "ENGINE_ATTACHED"
         error = await refused(FakeEngine(cache.residency, engine_id="engine-1", base_digest="d" * 64).attach())
@@ -239,8 +232,8 @@ async def test_two_engines_of_one_name_or_of_two_bases_cannot_be_attached(valkey
         assert list(cache.manager.engines) == ["engine-0"]
 
 
-async def test_an_engine_that_says_nonsense_is_told_so_and_forgotten(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_an_engine_that_says_nonsense_is_told_so_and_forgotten(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         await engine.say(description=residency_pb2.EngineDescription(engine_id="engine-0"))
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await engine.task
@@ -249,8 +242,8 @@ async def test_an_engine_that_says_nonsense_is_told_so_and_forgotten(valkey: Sto
         await engine.attach()
 
 
-async def test_an_engine_is_believed_about_its_device(valkey: Store, tmp_path: Path) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+async def test_an_engine_is_believed_about_its_device(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
         [digest] = await some(cache, 1)
         # Begun for a cache that has gone: nobody asked this one
         await engine.say(loaded=residency_pb2.ArtifactLoaded(digest=digest, device_bytes=SIZE))
@@ -264,9 +257,9 @@ async def test_an_engine_is_believed_about_its_device(valkey: Store, tmp_path: P
 
 
 async def test_a_load_that_fails_is_refused_with_its_reason_and_tried_again_later(
-    valkey: Store, tmp_path: Path
+    module_store: Store, tmp_path: Path
 ) -> None:
-    async with served(valkey, tmp_path) as (cache, engine, _):
+    async with served(module_store, tmp_path) as (cache, engine, _):
         engine.automatic = False
         [digest] = await some(cache, 1)
         await engine.use(digest)
@@ -287,11 +280,11 @@ async def test_a_load_that_fails_is_refused_with_its_reason_and_tried_again_late
 
 
 async def test_whatever_happens_nothing_is_loaded_that_is_not_there_or_does_not_fit(
-    valkey: Store, tmp_path: Path
+    module_store: Store, tmp_path: Path
 ) -> None:
     """The fake engine asserts that every file it is told to load is whole, and that its device is never overcommitted."""
     dice = random.Random(7)
-    async with served(valkey, tmp_path, host_bytes=6 * SIZE) as (cache, engine, _):
+    async with served(module_store, tmp_path, host_bytes=6 * SIZE) as (cache, engine, _):
         digests = await some(cache, 12)
         device(cache).budget_bytes = engine.budget = 4 * (await get(cache, "a0")).size_bytes
         for _ in range(150):

@@ -106,8 +106,13 @@ def test_what_another_sequence_left_in_a_lane_does_not_show() -> None:
     assert torch.isfinite(course.decode([1], FORMS[0])[0]).all()
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_without_singles_nothing_is_held(budget: int) -> None:
-    lanes = Course(budget).lanes[0]
-    assert lanes.arrange([]) == ([], [])
-    assert lanes.size_bytes == 0
+@pytest.mark.parametrize(("budget", "in_lanes"), [(0, 0), (1 << 30, 2)])
+def test_decode_runs_in_lanes_where_there_is_memory(budget: int, in_lanes: int) -> None:
+    course = Course(budget)
+    course.begin(20)
+    course.begin(30)
+    rows = [Row(sequence, sequence.computed, 1) for sequence in course.sequences]
+    for row in rows:
+        row.sequence.computed = len(row.sequence.tokens) - 1
+    steps, paged = course.lanes[0].arrange(build_batch(rows).singles)
+    assert sum(len(step.index) for step in steps) == in_lanes == 2 - len(paged)

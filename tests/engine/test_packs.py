@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from unittest.mock import Mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,20 @@ def test_an_adapter_that_was_brought_in_again_is_read_again() -> None:
         adapter = make_adapter(number, SHAPES[0])
         segments = [DeviceSegment(0, 1, DeviceAdapter("same", adapter.deltas, 1)), other]
         for found, right in zip(apply(packs, segments, 2), expected(segments, 2), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("failing", ["_room", "_copy"])
+def test_a_pack_that_failed_half_way_is_not_used_again(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packs = Packs(torch.device("cpu"))
+    segments = [DeviceSegment(i, i + 1, make_adapter(i, SHAPES[0])) for i in range(6)]
+    apply(packs, segments[:2], 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"engine.packs.{failing}", Mock(side_effect=RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError):
+            packs.arrange(segments)
+    for part in (segments, segments[2:], segments[:3]):
+        for found, right in zip(apply(packs, part, 6), expected(part, 6), strict=True):
             torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
