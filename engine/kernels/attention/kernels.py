@@ -70,8 +70,8 @@ def _slots(table, places, mask, BLOCK: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    query, keys, values, tables, lengths, out, parts, bests, totals,
-    query_row, query_head, table_row, kv_heads, group, key_size, value_size,
+    query, keys, values, tables, rows, lengths, out, parts, bests, totals,
+    query_token, query_head, table_row, kv_heads, group, key_size, value_size,
     scaling, softcap, window,
     BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -82,6 +82,7 @@ def decode_kernel(
     With one split the result goes to `out`; with several, what is needed to join them goes to `parts`, `bests`, `totals`.
     """
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    token = tl.load(rows + row).to(tl.int64)
     length = tl.load(lengths + row)
     first = split * SPLIT
     stop = tl.minimum(length, first + SPLIT)
@@ -91,7 +92,7 @@ def decode_kernel(
     is_member = member < group
     at_key, at_value = tl.arange(0, KEY), tl.arange(0, VALUE)
     heads = head * group + member
-    mine = query + row * query_row + heads[:, None] * query_head + at_key[None, :]
+    mine = query + token * query_token + heads[:, None] * query_head + at_key[None, :]
     asked = tl.load(mine, mask=is_member[:, None] & (at_key < key_size)[None, :], other=0.0)
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -118,14 +119,14 @@ def decode_kernel(
         )
         best, total, mixed = _accumulate(best, total, mixed, scores, value, UPCAST)
     writes = is_member[:, None] & (at_value < value_size)[None, :]
-    place = row * kv_heads * group + heads
     if SPLITS == 1:
         # A row of length 0 is padding: it gets zeros.
         result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = token * kv_heads * group + heads
         tl.store(out + place[:, None] * value_size + at_value[None, :], result.to(out.dtype.element_ty), mask=writes)
     else:
         if first < stop:
-            part = place * SPLITS + split
+            part = (row * kv_heads * group + heads) * SPLITS + split
             tl.store(parts + part[:, None] * value_size + at_value[None, :], mixed, mask=writes)
             tl.store(bests + part, best, mask=is_member)
             tl.store(totals + part, total, mask=is_member)
@@ -133,7 +134,7 @@ def decode_kernel(
 
 @triton.jit
 def join_kernel(
-    lengths, out, parts, bests, totals, heads, value_size, window,
+    rows, lengths, out, parts, bests, totals, heads, value_size, window,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, VALUE: tl.constexpr, WINDOW: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head): joins the splits of a row, always in the same order."""
@@ -144,12 +145,11 @@ def join_kernel(
         first = tl.maximum(0, (length - window) // N * N) // SPLIT
     at = tl.arange(0, VALUE)
     inside = at < value_size
-    place = row * heads + head
     best = tl.max(tl.full([1], float("-inf"), tl.float32), 0)
     total = tl.sum(tl.zeros([1], tl.float32), 0)
     mixed = tl.zeros([VALUE], tl.float32)
     for split in range(first, tl.cdiv(length, SPLIT)):
-        part = place * SPLITS + split
+        part = (row * heads + head) * SPLITS + split
         its = tl.load(bests + part)
         better = tl.maximum(best, its)
         keep, take = tl.exp2(best - better), tl.exp2(its - better)
@@ -157,6 +157,7 @@ def join_kernel(
         mixed = mixed * keep + tl.load(parts + part * value_size + at, mask=inside, other=0.0) * take
         best = better
     result = mixed / tl.where(total == 0.0, 1.0, total)
+    place = tl.load(rows + row).to(tl.int64) * heads + head
     tl.store(out + place * value_size + at, result.to(out.dtype.element_ty), mask=inside)
 
 

@@ -41,12 +41,16 @@ def decode_tiles(group: int, key_size: int, value_size: int, itemsize: int) -> T
     return Tiles(max(NARROWEST, _power(group)), n, key, value, 4, 2)
 
 
-def prefill_tiles(key_size: int, value_size: int, itemsize: int) -> Tiles:
-    """Tiles of prefill."""
+def prefill_rows(largest_size: int, itemsize: int) -> int:
+    """Tokens of a tile of prefill where this is the largest head size of any layer."""
+    return 64 if _padded(largest_size) * itemsize > 256 else 128
+
+
+def prefill_tiles(m: int, key_size: int, value_size: int, itemsize: int) -> Tiles:
+    """Tiles of prefill of m tokens."""
     key, value = _padded(key_size), _padded(value_size)
     n = max(NARROWEST, min(64, 16384 // (max(key, value) * itemsize)))
-    wide = max(key, value) * itemsize > 256
-    return Tiles(64 if wide else 128, n, key, value, 4 if wide else 8, 2)
+    return Tiles(m, n, key, value, m // 16, 2)
 
 
 def splits_for(length: int) -> int:
@@ -80,32 +84,14 @@ def write(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """Where splits leave their results: float32, `parts` [rows * heads * splits * value_size], the others without size.
-
-    May hold anything; as large as the largest step needs.
-    """
-
-    parts: torch.Tensor
-    bests: torch.Tensor
-    totals: torch.Tensor
-
-
-def make_scratch(rows: int, heads: int, splits: int, value_size: int, device: torch.device) -> Scratch:
-    """Room for steps of so many rows and splits at most."""
-    count = rows * heads * splits
-    return Scratch(*(torch.empty(size, device=device) for size in (count * value_size, count, count)))
-
-
 def decode(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     tables: torch.Tensor,
+    rows: torch.Tensor,
     lengths: torch.Tensor,
     out: torch.Tensor,
-    scratch: Scratch,
     *,
     scaling: float,
     softcap: float | None,
@@ -115,19 +101,23 @@ def decode(
     """Attention of rows of one token, each to all tokens of its sequence.
 
     Args:
-        query: [R, heads, key_size], dense in the last dimension.
+        query: [T, heads, key_size], dense in the last dimension.
         keys, values: the pool, [slots, kv_heads, size].
         tables: [R, blocks] int32, the blocks of each row's sequence.
+        rows: [R] int32, which of the tokens each row is.
         lengths: [R] int32, tokens of each row's sequence with this one; 0 for padding, which gets zeros.
-        out: [R, heads, value_size], contiguous.
+        out: [T, heads, value_size], contiguous; other tokens stay as they are.
         splits: `splits_for` the longest row, or more.
     """
     query = _dense(query)
-    rows, heads, key_size = query.shape
+    heads, key_size = query.shape[1:]
     kv_heads, value_size = keys.shape[1], values.shape[2]
     tiles = decode_tiles(heads // kv_heads, key_size, value_size, keys.element_size())
-    kernels.decode_kernel[(rows, kv_heads, splits)](
-        query, keys, values, tables, lengths, out, scratch.parts, scratch.bests, scratch.totals,
+    # With one split nothing is joined, and these are not touched. Inside a graph they come from its own memory.
+    count = len(rows) * heads * splits if splits > 1 else 0
+    parts, bests, totals = (query.new_empty(size, dtype=torch.float32) for size in (count * value_size, count, count))
+    kernels.decode_kernel[(len(rows), kv_heads, splits)](
+        query, keys, values, tables, rows, lengths, out, parts, bests, totals,
         query.stride(0), query.stride(1), tables.stride(0), kv_heads, heads // kv_heads, key_size, value_size,
         scaling, softcap or 0.0, window or 0,
         BLOCK=BLOCK_SIZE, SPLIT=SPLIT, SPLITS=splits, M=tiles.m, N=tiles.n, KEY=tiles.key, VALUE=tiles.value,
@@ -135,8 +125,8 @@ def decode(
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
-        kernels.join_kernel[(rows, heads)](
-            lengths, out, scratch.parts, scratch.bests, scratch.totals, heads, value_size, window or 0,
+        kernels.join_kernel[(len(rows), heads)](
+            rows, lengths, out, parts, bests, totals, heads, value_size, window or 0,
             SPLIT=SPLIT, SPLITS=splits, VALUE=tiles.value, WINDOW=window is not None, N=tiles.n, num_warps=1,
         )  # fmt: skip
 
@@ -150,6 +140,7 @@ def prefill(
     chunks: torch.Tensor,
     out: torch.Tensor,
     *,
+    m: int,
     scaling: float,
     softcap: float | None,
     window: int | None,
@@ -162,12 +153,13 @@ def prefill(
         tables: [chunks, blocks] int32, the blocks of each chunk's sequence.
         tiles: [n, 2] int32, what `tiles_of` made of the chunks.
         chunks: [c, 3] int32: first token of the step, the first after it, tokens of the sequence before.
-        out: [T, heads, value_size], contiguous; rows of no chunk stay as they are.
+        out: [T, heads, value_size], contiguous; tokens of no chunk stay as they are.
+        m: tokens of a tile.
     """
     query = _dense(query)
     heads, key_size = query.shape[1:]
     value_size = values.shape[2]
-    sizes = prefill_tiles(key_size, value_size, keys.element_size())
+    sizes = prefill_tiles(m, key_size, value_size, keys.element_size())
     kernels.prefill_kernel[(heads, len(tiles))](
         query, keys, values, tables, tiles, chunks, out,
         query.stride(0), query.stride(1), tables.stride(0), heads, keys.shape[1], key_size, value_size,

@@ -66,28 +66,27 @@ class Pool:
         return self.tables[row].long()[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
 
 
-def check_decode(case: Case, lengths: list[int], splits: int = 0) -> torch.Tensor:
+def check_decode(case: Case, lengths: list[int]) -> None:
     torch.manual_seed(len(lengths))
     pool = Pool(case, lengths)
-    rows, heads = len(lengths), case.heads
+    # The rows are some of the step's tokens, in any order.
+    heads, tokens = case.heads, len(lengths) + 2
+    places = torch.randperm(tokens)[: len(lengths)].int()
     # As models hand it over: heads first.
-    query = torch.randn(heads, rows, case.key_size).to(case.dtype).transpose(0, 1)
-    out = torch.full((rows, heads, case.value_size), NAN, dtype=case.dtype)
-    splits = splits or launch.splits_for(max(lengths))
-    scratch = launch.make_scratch(rows, heads, splits, case.value_size, query.device)
-    for part in (scratch.parts, scratch.bests, scratch.totals):
-        part.fill_(NAN)
+    query = torch.randn(heads, tokens, case.key_size).to(case.dtype).transpose(0, 1)
+    out = torch.full((tokens, heads, case.value_size), NAN, dtype=case.dtype)
     launch.decode(
-        query, pool.keys, pool.values, pool.tables, torch.tensor(lengths, dtype=torch.int32), out, scratch,
-        splits=splits, **case.form,
+        query, pool.keys, pool.values, pool.tables, places, torch.tensor(lengths, dtype=torch.int32), out,
+        splits=launch.splits_for(max(lengths)), **case.form,
     )  # fmt: skip
     for row, length in enumerate(lengths):
         expected = torch.zeros(1, heads, case.value_size)
         if length:
-            one = query[row : row + 1]
+            one = query[places[row]][None]
             expected = reference.attend(one, length - 1, pool.tables[row], pool.keys, pool.values, **case.form)
-        torch.testing.assert_close(out[row : row + 1].float(), expected, atol=TOLERANCE[case.dtype], rtol=0)
-    return out
+        torch.testing.assert_close(out[places[row]][None].float(), expected, atol=TOLERANCE[case.dtype], rtol=0)
+    rest = sorted(set(range(tokens)) - set(places.tolist()))
+    assert out[rest].isnan().all()
 
 
 def check_prefill(case: Case, chunks: list[tuple[int, int]]) -> None:
@@ -101,11 +100,11 @@ def check_prefill(case: Case, chunks: list[tuple[int, int]]) -> None:
     for context, count in chunks:
         first = places[-1][1] if places else 0
         places.append([first, first + count, context])
-    m = launch.prefill_tiles(case.key_size, case.value_size, case.dtype.itemsize).m
+    m = launch.prefill_rows(max(case.key_size, case.value_size), case.dtype.itemsize)
     tiles = launch.tiles_of([count for _, count in chunks], m) + [(-1, 0)]
     launch.prefill(
         query, pool.keys, pool.values, pool.tables, torch.tensor(tiles, dtype=torch.int32),
-        torch.tensor(places, dtype=torch.int32), out, **case.form,
+        torch.tensor(places, dtype=torch.int32), out, m=m, **case.form,
     )  # fmt: skip
     for row, (first, stop, context) in enumerate(places):
         one = query[first:stop]
@@ -155,11 +154,10 @@ def test_a_row_gets_the_same_bits_alone_and_beside_others() -> None:
 
     def run(rows: slice, splits: int) -> torch.Tensor:
         out = torch.empty(2, 4, 64)[rows]
-        scratch = launch.make_scratch(2, 4, splits, 64, out.device)
         lengths = torch.tensor(together.lengths, dtype=torch.int32)[rows]
         launch.decode(
-            query[rows], together.keys, together.values, together.tables[rows], lengths, out, scratch,
-            splits=splits, **case.form,
+            query[rows], together.keys, together.values, together.tables[rows], torch.arange(len(out)).int(), lengths,
+            out, splits=splits, **case.form,
         )  # fmt: skip
         return out
 

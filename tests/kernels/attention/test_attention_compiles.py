@@ -15,11 +15,11 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [("bf16", 128, False), ("fp16", 80, True), ("bf16", 256, True), ("fp32", 256, False)]
 INTS = ("kv_heads", "group", "heads", "window")
 ALIGNED = (
-    "query_row", "query_token", "query_head", "key_size", "value_size", "key_token", "key_head", "value_token",
+    "query_token", "query_head", "key_size", "value_size", "key_token", "key_head", "value_token",
     "value_head",
 )  # fmt: skip
 POINTERS = {
-    "lengths": "*i32", "slots": "*i32", "tables": "*i32", "tiles": "*i32", "chunks": "*i32",
+    "rows": "*i32", "lengths": "*i32", "slots": "*i32", "tables": "*i32", "tiles": "*i32", "chunks": "*i32",
     "parts": "*fp32", "bests": "*fp32", "totals": "*fp32",
 }  # fmt: skip
 
@@ -57,7 +57,8 @@ def test_decode_compiles(target: str, dtype: str, size: int, special: bool) -> N
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "size", "special"), CASES)
 def test_prefill_compiles(target: str, dtype: str, size: int, special: bool) -> None:
-    tiles = launch.prefill_tiles(size, size, ITEMSIZE[dtype])
+    itemsize = ITEMSIZE[dtype]
+    tiles = launch.prefill_tiles(launch.prefill_rows(size, itemsize), size, size, itemsize)
     constants = {
         "BLOCK": BLOCK_SIZE, "M": tiles.m, "N": tiles.n, "KEY": tiles.key, "VALUE": tiles.value,
         "SOFTCAP": special, "WINDOW": special, "UPCAST": False,
