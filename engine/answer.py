@@ -68,6 +68,11 @@ class Answer:
             return frozenset()
         return self._stopping.eos_ids | self._stopping.stop_token_ids
 
+    @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last one, whatever it is."""
+        return self.output_tokens + 1 >= self._stopping.max_output_tokens
+
     def push(self, token: int) -> Piece:
         """Adds the next token."""
         stopping = self._stopping

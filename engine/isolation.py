@@ -26,7 +26,9 @@ class Verdict:
 
 
 def judge(rows: list[Row], error: Exception) -> Verdict:
-    """What to do after a pass over these rows, at least one, raised this error."""
+    """What to do after a pass over these rows raised this error."""
+    if not rows:
+        return Verdict([], [])
     named = _named(rows, error)
     if named or len(rows) == 1:
         culprits = named or rows

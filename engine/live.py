@@ -73,7 +73,7 @@ class Live:
         if sampled is None:
             return told
         piece = self.answer.push(sampled.token)
-        sequence.tokens.append(sampled.token)
+        sequence.learn(sampled.token)
         self.history.push(sampled.token)
         end = None
         if piece.reason is not None:

@@ -4,6 +4,10 @@ It has a thread of its own and is the only owner of sequences, KV blocks and ada
 `post`; it answers through `Connection.deliver` (one frame per router and step) and, to the cache, through `report`.
 While there is nothing to do it sleeps on the inbox.
 
+Where a device can compute while the host thinks, a step is launched before the one before it has been read: the loop
+schedules it without knowing the last tokens, which the device knows. What a step computes for a sequence that turns out
+to have ended is dropped; nobody else can have read it, as steps follow each other on the device.
+
 An error in a step ends the sequences that cause it and nothing else: what is left of the step is run without them.
 """
 
@@ -23,6 +27,7 @@ from engine import metrics
 from engine.batch import build_batch
 from engine.blocks import BlockPool
 from engine.errors import AdapterRemoved, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
+from engine.flight import Flight, Launcher, Waiting
 from engine.isolation import judge
 from engine.live import Live, open_live
 from engine.lora import DeviceSegment
@@ -45,7 +50,7 @@ from engine.messages import (
     Usage,
 )
 from engine.model import Base
-from engine.outcome import Outcome, read_logits
+from engine.outcome import Outcome
 from engine.rows import AdapterRows
 from engine.scheduler import Row, Scheduler, Step
 from engine.sequence import Sequence, State
@@ -89,6 +94,9 @@ class EngineLoop:
         self._arrivals = 0
         self._step = 0
         self._stopping = False
+        self._launcher: Launcher = base.launcher or Waiting(base.runner)
+        # The step that was launched and is not over, if any.
+        self._flight: Flight | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._on_submit,
             Cancel: self._on_cancel,
@@ -148,32 +156,53 @@ class EngineLoop:
         started = time.monotonic()
         step = self._scheduler.schedule()
         if not step.rows:
+            self._land()
             return
         self._step += 1
         self._note(step)
         attempts = [step.rows]
         while attempts:
-            rows = attempts.pop()
+            rows = [row for row in attempts.pop() if row.sequence in self._live]
+            if not rows:
+                continue
             try:
-                outcomes = self._compute(rows)
+                flight = self._launch(rows)
             except Exception as error:  # noqa: BLE001 - whatever a model raises
-                attempts += self._blame(rows, error)
+                # What was launched before is not to blame, and what it brings may end some of these.
+                self._land()
+                attempts += self._blame([row for row in rows if row.sequence in self._live], error)
                 continue
             metrics.steps.inc()
-            self._scheduler.advance(Step(rows))
-            for outcome in outcomes:
-                self._accept(outcome)
+            self._land()
+            self._take_off(flight, [row for row in rows if row.sequence in self._live])
         metrics.step_seconds.observe(time.monotonic() - started)
 
-    def _compute(self, rows: list[Row]) -> list[Outcome]:
-        """One forward pass, and what is read from its logits."""
+    def _launch(self, rows: list[Row]) -> Flight:
+        """Begins one forward pass."""
         batch = build_batch(rows)
         segments = [
             DeviceSegment(segment.start, segment.stop, self._rows.adapter(segment.adapter, segment.generation))
             for segment in batch.segments
         ]
-        logits = self._base.runner.run(batch, segments)
-        return read_logits(batch, logits, self._live)
+        return self._launcher.launch(batch, segments, self._live)
+
+    def _take_off(self, flight: Flight, rows: list[Row]) -> None:
+        """Lets a step run while the next one is prepared, or, where it must not be, waits for it."""
+        self._scheduler.advance(Step(rows))
+        self._flight = flight
+        if not flight.may_stay:
+            self._land()
+            return
+        for row in rows:
+            if row.yields_token:
+                row.sequence.expect(self._live[row.sequence].answer.ends_next)
+
+    def _land(self) -> None:
+        """Waits for the step that was launched, if any; sequences that ended meanwhile get nothing of it."""
+        flight, self._flight = self._flight, None
+        for outcome in flight.land() if flight else ():
+            if outcome.sequence in self._live:
+                self._accept(outcome)
 
     def _blame(self, rows: list[Row], error: Exception) -> list[list[Row]]:
         """Ends the sequences that made a pass raise, as far as it is known; returns what to run instead of it."""

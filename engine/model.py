@@ -24,6 +24,7 @@ from engine.base import base_digest, locate_base, weight_files
 from engine.batch import build_batch
 from engine.blocks import BLOCK_SIZE, blocks_for
 from engine.config import Settings
+from engine.flight import Launcher, Runs
 from engine.lanes import Lanes
 from engine.linear import ActiveAdapters, install
 from engine.lora import Projection, TargetModule
@@ -57,6 +58,8 @@ class Base:
         block_count: KV blocks of the pool.
         targets: linear layers adapters may target, in order of the model.
         projections: the same, joined as they are computed.
+        runner: computes steps one at a time.
+        launcher: begins a step before the one before is over, where the device can.
     """
 
     name: str
@@ -70,8 +73,9 @@ class Base:
     block_count: int
     targets: tuple[TargetModule, ...]
     projections: tuple[Projection, ...]
-    runner: Runner
+    runner: Runs
     tokenizer: Tokenizer
+    launcher: Launcher | None = None
 
 
 def load_base(settings: Settings) -> Base:

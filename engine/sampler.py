@@ -167,7 +167,9 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     _truncate(weights, samplings)
     places = [uniform(row.sampling.seed, row.position) for row in rows]
-    return _invert(weights, torch.tensor(places, dtype=torch.float64, device=logits.device)[:, None])
+    share = torch.tensor(places, dtype=torch.float64, device=logits.device)[:, None]
+    tokens: list[int] = invert(weights, share).tolist()
+    return tokens
 
 
 def _truncate(weights: torch.Tensor, samplings: Sequence[Sampling]) -> None:
@@ -213,7 +215,7 @@ def _nucleus_floor(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return floor
 
 
-def _invert(weights: torch.Tensor, share: torch.Tensor) -> list[int]:
+def invert(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The first token of each row with which the running sum of its weights exceeds this share, [rows, 1], of them all.
 
     Never one of weight 0, however sums are rounded. Running sums are float64: weights differ by many magnitudes.
@@ -231,8 +233,7 @@ def _invert(weights: torch.Tensor, share: torch.Tensor) -> list[int]:
     inside = weights.gather(-1, ids.clamp(max=vocab - 1)).masked_fill_(ids >= vocab, 0.0)
     running = inside.cumsum(-1, dtype=torch.float64)
     place = (running > _below(target - before, running[:, -1:])).int().argmax(-1, keepdim=True)
-    tokens: list[int] = ids.gather(-1, place)[:, 0].tolist()
-    return tokens
+    return ids.gather(-1, place)[:, 0]
 
 
 def _below(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

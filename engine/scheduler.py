@@ -159,6 +159,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
+            if sequence.awaits_token:  # it was preempted while that was computed; it is known before the next step
+                return
             cached = self._find_cached(sequence)
             missing = blocks_for(len(sequence.tokens)) - len(cached)
             if not self.blocks.can_allocate(missing + len(self.running), besides=cached):
@@ -262,7 +264,7 @@ def _pending(sequence: Sequence) -> int:
 
 
 def _in_decode(sequence: Sequence) -> bool:
-    return sequence.pending == 1
+    return sequence.pending == 1 and not sequence.is_closing
 
 
 def _in_prefill(sequence: Sequence) -> bool:

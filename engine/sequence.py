@@ -21,6 +21,10 @@ from engine.errors import IllegalTransition
 from engine.prefix import next_key, root_key
 
 
+# Stands for a token that is computed but not yet known on the host; only ever the last one.
+UNKNOWN = -1
+
+
 class State(Enum):
     """Where a sequence is in its life."""
 
@@ -67,6 +71,7 @@ class Sequence:
         cached_tokens: tokens of the prompt taken over so before its first token; recomputation does not count.
         unscored: places of the prompt whose logits are still to be read, for the log probability of the token after
             each. Never those read already: recomputation does not repeat them.
+        is_closing: whether the token that is not known yet ends the answer, whatever it is.
     """
 
     arrival: int
@@ -80,6 +85,7 @@ class Sequence:
     reuse_prefix: bool = True
     cached_tokens: int = 0
     unscored: range = range(0)
+    is_closing: bool = False
     state: State = State.WAITING_ADAPTER
     _prefix_keys: list[bytes] = field(default_factory=list, init=False)
 
@@ -89,6 +95,23 @@ class Sequence:
         if state is None:
             raise IllegalTransition(self.state.value, event.value)
         self.state = state
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether its last token is not known yet."""
+        return self.tokens[-1] == UNKNOWN
+
+    def expect(self, is_closing: bool) -> None:
+        """Notes that its next token is being computed."""
+        self.tokens.append(UNKNOWN)
+        self.is_closing = is_closing
+
+    def learn(self, token: int) -> None:
+        """Adds its next token, in its place where it was expected."""
+        if self.awaits_token:
+            self.tokens[-1] = token
+        else:
+            self.tokens.append(token)
 
     @property
     def pending(self) -> int:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from engine.penalties import SeenTokens
-from engine.sampler import History, Sampled, SampleRow, Sampling, _invert, sample, uniform
+from engine.sampler import History, Sampled, SampleRow, Sampling, invert, sample, uniform
 
 VOCAB = 50
 
@@ -180,7 +180,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 def test_no_token_without_a_chance_is_drawn_however_sums_are_rounded(weights: list[float], where: int) -> None:
     weights[where % len(weights)] = 1.0
     for share in (0.0, 0.5, 1 - 2.0**-53):
-        drawn = _invert(torch.tensor([weights]), torch.tensor([[share]], dtype=torch.float64))
+        drawn = invert(torch.tensor([weights]), torch.tensor([[share]], dtype=torch.float64))
         assert weights[drawn[0]] > 0
 
 
