@@ -26,6 +26,7 @@ from engine.blocks import BLOCK_SIZE, blocks_for
 from engine.config import Settings
 from engine.flight import Launcher, Runs
 from engine.lanes import Lanes
+from engine.gpu.runner import GpuRunner
 from engine.linear import ActiveAdapters, install
 from engine.lora import Projection, TargetModule
 from engine.packs import Packs
@@ -78,10 +79,13 @@ class Base:
     launcher: Launcher | None = None
 
 
-def load_base(settings: Settings) -> Base:
+def load_base(settings: Settings, *, kernels: bool | None = None) -> Base:
     """Loads the model of the settings. Takes seconds to minutes and says in the log how far it is.
 
     Raises StartupError when the model cannot be had or cannot be served.
+
+    Args:
+        kernels: see open_base.
     """
     folder = locate_base(settings.model)
     device = _device(settings.device)
@@ -96,43 +100,74 @@ def load_base(settings: Settings) -> Base:
     tokenizer = load_tokenizer(folder, model)
     _log.info("loaded in %.1f s", time.monotonic() - started)
 
+    started = time.monotonic()
+    digest = base_digest(folder)
+    _log.info("base %s hashed in %.1f s", digest[:12], time.monotonic() - started)
+    name = folder.name if Path(os.path.expanduser(settings.model)).is_dir() else settings.model
+    return open_base(model, tokenizer, settings, name, digest, kernels=kernels)
+
+
+def open_base(
+    model: Any, tokenizer: Tokenizer, settings: Settings, name: str, digest: str, *, kernels: bool | None = None
+) -> Base:
+    """Hooks a loaded model, whose attention is eager, and checks it.
+
+    Raises StartupError when it cannot be served.
+
+    Args:
+        kernels: whether steps run on our kernels, as on a GPU; by default where there is one.
+    """
+    device, dtype = model.device, model.dtype
+    kernels = device.type == "cuda" if kernels is None else kernels
+    started = time.monotonic()
     expected = _reference(model)
     probe = _probe(model)
     layers = probe.layers
     memory = _kv_memory(settings, device)
     # On CPU half of the memory is for lanes, see there.
-    lane_bytes = memory // 2 if device.type == "cpu" else 0
+    lane_bytes = 0 if kernels else memory // 2
     longest = _model_context(model, probe)
     context_length, block_count = _budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
     targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
-    packs = Packs(device)
-    pool = KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)
-    _check(model, Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device), expected, dtype)
-    pool = KvPool(layers, block_count, dtype, device)
-    runner = Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device)
 
-    started = time.monotonic()
-    digest = base_digest(folder)
+    def runner_of(pool: KvPool) -> Runner | GpuRunner:
+        if kernels:
+            return _gpu_runner(model, pool, active, settings, context_length)
+        return Runner(model, pool, Lanes(pool, lane_bytes), active, Packs(device), device)
+
+    _check(model, runner_of(KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)), expected, dtype)
+    runner = runner_of(KvPool(layers, block_count, dtype, device))
     _log.info(
-        "base %s checked and hashed in %.1f s: %d layers, %d target modules, context %d, %d KV blocks (%.0f MB)",
+        "base %s checked in %.1f s: %d layers, %d target modules, context %d, %d KV blocks (%.0f MB)",
         digest[:12], time.monotonic() - started, len(layers), len(targets), context_length, block_count,
         block_count * bytes_per_block(layers, dtype) / 1e6,
     )  # fmt: skip
     return Base(
-        name=folder.name if Path(os.path.expanduser(settings.model)).is_dir() else settings.model,
+        name=name,
         digest=digest,
         architecture=type(model).__name__,
         context_length=context_length,
         vocab_size=model.get_input_embeddings().num_embeddings,
         dtype=_name(dtype),
         device=device.type,
-        threads=threads,
+        threads=settings.threads or torch.get_num_threads(),
         block_count=block_count,
         targets=targets,
         projections=projections,
         runner=runner,
         tokenizer=tokenizer,
+        launcher=runner if isinstance(runner, GpuRunner) else None,
+    )
+
+
+def _gpu_runner(
+    model: Any, pool: KvPool, active: ActiveAdapters, settings: Settings, context_length: int
+) -> GpuRunner:
+    vocab_size = model.get_input_embeddings().num_embeddings
+    adapters = Packs(model.device)
+    return GpuRunner(
+        model, pool, active, adapters, model.device, vocab_size, settings.max_sequences, context_length
     )
 
 
@@ -205,7 +240,7 @@ def _probe(model: Any) -> Probe:
     return probe
 
 
-def _check(model: Any, runner: Runner, expected: torch.Tensor, dtype: torch.dtype) -> None:
+def _check(model: Any, runner: Runs, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """Compares prefill, a later chunk and decode with the same tokens as transformers computes them."""
     tokens = _check_tokens(model)
     sequence = Sequence(0, "", [], 0, blocks=list(range(1, blocks_for(CHECK_TOKENS) + 1)))

@@ -78,7 +78,9 @@ class GpuRunner:
         # Steps without graphs have a buffer of their own, which may be replaced by a larger one.
         self._exact = Upload(1024, self.device)
         self._tables = Tables()
-        self._landing = [torch.zeros(most, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOSTS)]
+        self._landing = [
+            torch.zeros(most, dtype=torch.int32, device="cpu", pin_memory=is_cuda) for _ in range(HOSTS)
+        ]
         self._chosen = torch.zeros(most, dtype=torch.int32, device=self.device)
         self._places: dict[EngineSequence, int] = {}
         self._turn = 0
@@ -86,7 +88,7 @@ class GpuRunner:
     @torch.inference_mode()
     def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
         """Float32 logits of batch.sampled_tokens, then of batch.scored_tokens, on the device."""
-        return self._compute(batch, segments, None)
+        return self.compute(batch, segments, None)
 
     @torch.inference_mode()
     def launch(
@@ -95,11 +97,11 @@ class GpuRunner:
         """See `flight.Launcher`."""
         rows = [lives[row.sequence].sample_row() for row in batch.sampled]
         if batch.scored or not all(map(sampling.is_plain, rows)):
-            logits = self._compute(batch, segments, None)
+            logits = self.compute(batch, segments, None)
             self._places = {}
             # A graph's answer is its own; the sampler writes into what it gets.
             return Landed(read_logits(batch, logits.clone(), lives))
-        chosen = self._compute(batch, segments, rows)
+        chosen = self.compute(batch, segments, rows)
         self._places = {row.sequence: place for place, row in enumerate(batch.sampled)}
         self._chosen[: len(chosen)].copy_(chosen)
         return self._depart(chosen, batch.sampled)
@@ -114,7 +116,7 @@ class GpuRunner:
             arrived.record()
         return _Flight(rows, landing, arrived)
 
-    def _compute(self, batch: Batch, segments: list[DeviceSegment], rows: list[SampleRow] | None) -> torch.Tensor:
+    def compute(self, batch: Batch, segments: list[DeviceSegment], rows: list[SampleRow] | None) -> torch.Tensor:
         """Tokens of the rows, [at least as many], or without rows the logits."""
         mode = Mode.LOGITS if rows is None else sampling.mode_of(rows)
         padded = shape.decode_shape(batch) if len(batch.singles) <= self.max_rows else None

@@ -53,7 +53,7 @@ class Upload:
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self.device = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(HOSTS)]
+        self._hosts = [torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=self._is_cuda) for _ in range(HOSTS)]
         self._copied = [torch.cuda.Event() for _ in range(HOSTS)] if self._is_cuda else []
         self._turn = 0
 
