@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.adapters import arranger_for
 from engine.attention import PAGED, Probe, UnsupportedAttention
 from engine.base import base_digest, locate_base, weight_files
 from engine.batch import build_batch
@@ -27,7 +28,6 @@ from engine.config import Settings
 from engine.lanes import Lanes
 from engine.linear import ActiveAdapters, install
 from engine.lora import Projection, TargetModule
-from engine.packs import Packs
 from engine.pool import KvPool, bytes_per_block
 from engine.runner import Runner
 from engine.scheduler import Row
@@ -74,13 +74,17 @@ class Base:
     tokenizer: Tokenizer
 
 
-def load_base(settings: Settings) -> Base:
+def load_base(settings: Settings, *, kernels: bool | None = None) -> Base:
     """Loads the model of the settings. Takes seconds to minutes and says in the log how far it is.
 
     Raises StartupError when the model cannot be had or cannot be served.
+
+    Args:
+        kernels: whether adapters are computed by our kernels; by default on a GPU.
     """
     folder = locate_base(settings.model)
     device = _device(settings.device)
+    kernels = device.type == "cuda" if kernels is None else kernels
     dtype = _dtype(settings.dtype, device)
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -102,11 +106,11 @@ def load_base(settings: Settings) -> Base:
     context_length, block_count = _budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
     targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
-    packs = Packs(device)
+    adapters = arranger_for(projections, settings.adapter_memory_mib * MIB, dtype, device, kernels=kernels)
     pool = KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)
-    _check(model, Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device), expected, dtype)
+    _check(model, Runner(model, pool, Lanes(pool, lane_bytes), active, adapters, device), expected, dtype)
     pool = KvPool(layers, block_count, dtype, device)
-    runner = Runner(model, pool, Lanes(pool, lane_bytes), active, packs, device)
+    runner = Runner(model, pool, Lanes(pool, lane_bytes), active, adapters, device)
 
     started = time.monotonic()
     digest = base_digest(folder)
