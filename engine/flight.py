@@ -14,8 +14,9 @@ import torch
 
 from engine.batch import Batch
 from engine.live import Live
-from engine.lora import DeviceSegment
+from engine.lora import Arranger, DeviceSegment
 from engine.outcome import Outcome, read_logits
+from engine.pool import KvPool
 from engine.sequence import Sequence
 
 
@@ -57,9 +58,16 @@ class Landed:
 
 
 class Runs(Protocol):
-    """Computes logits and waits for them."""
+    """A model, its keys and values, and its adapters."""
 
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor: ...
+    @property
+    def pool(self) -> KvPool: ...
+
+    @property
+    def adapters(self) -> Arranger: ...
+
+    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
+        """Float32 logits of batch.sampled_tokens, then of batch.scored_tokens; see `engine.runner`."""
 
 
 @dataclass(frozen=True, slots=True)

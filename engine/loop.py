@@ -281,8 +281,11 @@ class EngineLoop:
             try:
                 self._rows.install(adapter)
             except DeviceFull as error:
+                adapter.release()
                 self._report(LoadFailed(adapter.digest, error))
                 return
+        else:
+            adapter.release()
         for live in self._waiting_for(adapter.digest):
             self._make_ready(live)
         self._report(Loaded(adapter.digest, self._rows.size_of(adapter.digest)))

@@ -16,29 +16,8 @@ from typing import Protocol
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class TargetModule:
-    """A linear layer an adapter may target: its path in the model and its widths."""
-
-    name: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Target modules that read the same input, in the order their outputs are laid out."""
-
-    targets: tuple[TargetModule, ...]
-
-    @cached_property
-    def columns(self) -> tuple[slice, ...]:
-        """Where each target's output is in the projection's."""
-        ends = [0]
-        for target in self.targets:
-            ends.append(ends[-1] + target.out_features)
-        return tuple(slice(start, stop) for start, stop in pairwise(ends))
+from engine.projection import Projection as Projection
+from engine.projection import TargetModule as TargetModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +106,9 @@ class DeviceAdapter:
         """Equal for adapters whose tensors can be stacked."""
         return tuple(delta and delta.shape for delta in self.deltas)
 
+    def release(self) -> None:
+        """Gives back what the adapter holds beside its tensors. It is not used again."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceSegment:
@@ -142,3 +124,14 @@ class StepDeltas(Protocol):
 
     def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds to y [T, out] of projection `number`, given its x [T, in]; other tokens stay as they are."""
+
+
+class Arranger(Protocol):
+    """How adapters are computed on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
+    def arrange(self, segments: Sequence[DeviceSegment]) -> Sequence[StepDeltas]:
+        """What these segments of a step add; nothing for none."""

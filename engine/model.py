@@ -14,22 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.adapters import arranger_for
 from engine.attention import PAGED, Probe, UnsupportedAttention
 from engine.base import base_digest, locate_base, weight_files
 from engine.batch import build_batch
-from engine.blocks import BLOCK_SIZE, blocks_for
+from engine.blocks import blocks_for
 from engine.config import Settings
 from engine.flight import Launcher, Runs
 from engine.lanes import Lanes
-from engine.gpu.runner import GpuRunner
+from engine.limits import MIB, budget, kv_memory, layer_types, model_context
 from engine.linear import ActiveAdapters, install
 from engine.lora import Projection, TargetModule
-from engine.packs import Packs
 from engine.pool import KvPool, bytes_per_block
 from engine.runner import Runner
 from engine.scheduler import Row
@@ -37,9 +37,11 @@ from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer, load_tokenizer
 from servicekit.errors import StartupError
 
+if TYPE_CHECKING:
+    from engine.gpu.runner import GpuRunner
+
 _log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
 # Largest difference to transformers' own attention, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECK_TOKENS = 40
@@ -89,6 +91,7 @@ def load_base(settings: Settings, *, kernels: bool | None = None) -> Base:
     """
     folder = locate_base(settings.model)
     device = _device(settings.device)
+    kernels = device.type == "cuda" if kernels is None else kernels
     dtype = _dtype(settings.dtype, device)
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -123,18 +126,25 @@ def open_base(
     expected = _reference(model)
     probe = _probe(model)
     layers = probe.layers
-    memory = _kv_memory(settings, device)
+    memory = kv_memory(settings, device)
     # On CPU half of the memory is for lanes, see there.
     lane_bytes = 0 if kernels else memory // 2
-    longest = _model_context(model, probe)
-    context_length, block_count = _budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
+    longest = model_context(model.config.get_text_config(), probe)
+    if longest is None:
+        raise _refusal(model, "its configuration states no max_position_embeddings")
+    context_length, block_count = budget(settings, longest, bytes_per_block(layers, dtype), memory - lane_bytes)
     active = ActiveAdapters()
     targets, projections = install(model, len(layers), CHECK_TOKENS, lambda: _pass(model, Probe()), active)
+    adapters = arranger_for(projections, settings.adapter_memory_mib * MIB, dtype, device, kernels=kernels)
 
     def runner_of(pool: KvPool) -> Runner | GpuRunner:
-        if kernels:
-            return _gpu_runner(model, pool, active, settings, context_length)
-        return Runner(model, pool, Lanes(pool, lane_bytes), active, Packs(device), device)
+        if not kernels:
+            return Runner(model, pool, Lanes(pool, lane_bytes), active, adapters, device)
+        # Needs Triton, which not every machine has.
+        from engine.gpu.runner import Adapters, GpuRunner
+
+        assert isinstance(adapters, Adapters)
+        return GpuRunner(model, pool, active, adapters, settings.max_sequences, context_length)
 
     _check(model, runner_of(KvPool(layers, blocks_for(CHECK_TOKENS), dtype, device)), expected, dtype)
     runner = runner_of(KvPool(layers, block_count, dtype, device))
@@ -157,17 +167,7 @@ def open_base(
         projections=projections,
         runner=runner,
         tokenizer=tokenizer,
-        launcher=runner if isinstance(runner, GpuRunner) else None,
-    )
-
-
-def _gpu_runner(
-    model: Any, pool: KvPool, active: ActiveAdapters, settings: Settings, context_length: int
-) -> GpuRunner:
-    vocab_size = model.get_input_embeddings().num_embeddings
-    adapters = Packs(model.device)
-    return GpuRunner(
-        model, pool, active, adapters, model.device, vocab_size, settings.max_sequences, context_length
+        launcher=None if isinstance(runner, Runner) else runner,
     )
 
 
@@ -224,7 +224,7 @@ def _refused(model: Any) -> Iterator[None]:
 def _probe(model: Any) -> Probe:
     """Runs the model once on a probe; refuses one whose layers do not all attend, once, through our function."""
     text = model.config.get_text_config()
-    other = sorted(set(_layer_types(text)) - SERVED_LAYERS)
+    other = sorted(set(layer_types(text)) - SERVED_LAYERS)
     if other:
         raise _refusal(model, f"it has layers of {', '.join(other)}")
     probe = Probe()
@@ -269,73 +269,6 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
 
 def _refusal(model: Any, reason: str) -> StartupError:
     return StartupError(f"{type(model).__name__} cannot be served: {reason}")
-
-
-def _kv_memory(settings: Settings, device: torch.device) -> int:
-    """Bytes for keys and values."""
-    return settings.kv_memory_mib * MIB or _free_memory(device, settings.adapter_memory_mib * MIB)
-
-
-def _budget(settings: Settings, longest: int, block: int, memory: int) -> tuple[int, int]:
-    """Context length and number of KV blocks. At least one sequence of full length fits, so that each one ends."""
-    wanted = settings.context_length or longest
-    if wanted > longest:
-        raise StartupError(f"context_length {wanted} is more than the model's {longest}")
-    # More than every sequence at full length can never be used.
-    block_count = min(memory // block, settings.max_sequences * blocks_for(wanted))
-    if block_count < 1:
-        raise StartupError(f"kv_memory_mib {settings.kv_memory_mib} holds no block of {block} bytes")
-    held = block_count * BLOCK_SIZE
-    if held >= wanted:
-        return wanted, block_count
-    if settings.context_length:
-        raise StartupError(
-            f"context_length {wanted} needs {blocks_for(wanted) * block / MIB:.0f} MiB for keys and values"
-        )
-    _log.warning("the KV pool holds %d tokens, so that is the context length; the model's is %d", held, longest)
-    return held, block_count
-
-
-def _model_context(model: Any, probe: Probe) -> int:
-    """Most tokens for which our answer is the model's."""
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 1:
-        raise _refusal(model, "its configuration states no max_position_embeddings")
-    return min(longest, _rotation_limit(text) or longest, _hidden_window(text, probe) or longest)
-
-
-def _rotation_limit(text: Any) -> int | None:
-    """Beyond its original length a "dynamic" model changes the rotation of all tokens of a pass at once: one long
-    sequence would change the answers of the others in its batch."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    # One rotation, or one for each kind of layers.
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
-    limits = [
-        kind.get("original_max_position_embeddings")
-        for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min((int(limit) for limit in limits if limit), default=None)
-
-
-def _hidden_window(text: Any, probe: Probe) -> int | None:
-    """The window of a model that puts it into its mask but does not tell its attention; within it there is none."""
-    window = getattr(text, "sliding_window", None) or None
-    kinds = _layer_types(text) or ["sliding_attention"] * len(probe.layers)
-    hidden = any(kind == "sliding_attention" and not probe.windows[number] for number, kind in enumerate(kinds))
-    return window if hidden else None
-
-
-def _layer_types(text: Any) -> list[str]:
-    return getattr(text, "layer_types", None) or []
-
-
-def _free_memory(device: torch.device, adapter_budget: int) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(0, int(free * 0.85) - adapter_budget)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
 
 
 def _device(name: str) -> torch.device:

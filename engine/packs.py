@@ -148,7 +148,7 @@ class Packs:
     """The packs of one device. Used by one thread at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._packs: dict[tuple[object, int], Pack] = {}
         self._step = 0
 
@@ -174,7 +174,7 @@ class Packs:
                 continue
             # Out of the way until it holds what its slots say: one that failed half-way must not be used again.
             pack = self._packs.pop(key, None) or Pack()
-            arranged.append(pack.hold(group, key[1], self._device))
+            arranged.append(pack.hold(group, key[1], self.device))
             pack.last_used = self._step
             self._packs[key] = pack
         if self._step % IDLE_STEPS == 0:

@@ -10,10 +10,12 @@ weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,19 +45,30 @@ class ArtifactReader:
 
     def read(self, digest: str, path: str) -> DeviceAdapter:
         """Brings an artifact to the device; raises BadArtifact and names what is wrong with it."""
+        real = self.located(path)
+        with self.opened(real, digest) as file:
+            tensors = {name: file.get_tensor(name).to(self.device) for name in sorted(file.keys())}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        # Deltas are copies: the file may be truncated or removed while sequences use the adapter.
+        deltas = [delta_of(*pairs) for pairs in zip(self.projections, self.pairs(tensors), strict=True)]
+        return DeviceAdapter(digest, tuple(deltas), size)
+
+    def located(self, path: str) -> Path:
+        """The file itself; raises BadArtifact when it lies outside of the HOST tier."""
         real = Path(os.path.realpath(path))
         if not any(fnmatchcase(str(folder), self.host_tier) for folder in real.parents):
             raise BadArtifact(f"{path} lies outside of the HOST tier", path=path)
+        return real
+
+    @contextmanager
+    def opened(self, real: Path, digest: str) -> Iterator[Any]:
+        """The open file of the artifact of this digest; whatever cannot be read of it is a BadArtifact."""
         try:
             with safe_open(real, framework="pt") as file:
                 self._check_identity(digest, file.metadata() or {})
-                tensors = {name: file.get_tensor(name).to(self.device) for name in sorted(file.keys())}
+                yield file
         except (OSError, SafetensorError) as error:
-            raise BadArtifact(f"{real.name} cannot be read: {error}", path=path) from None
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        # Deltas are copies: the file may be truncated or removed while sequences use the adapter.
-        deltas = [delta_of(*pairs) for pairs in zip(self.projections, self._pairs(tensors), strict=True)]
-        return DeviceAdapter(digest, tuple(deltas), size)
+            raise BadArtifact(f"{real.name} cannot be read: {error}", path=str(real)) from None
 
     def _check_identity(self, digest: str, metadata: dict[str, str]) -> None:
         if metadata.get("format") != FORMAT:
@@ -63,8 +76,8 @@ class ArtifactReader:
         if metadata.get("digest") != digest:
             raise BadArtifact("the artifact is of another version", digest=digest, found=metadata.get("digest"))
 
-    def _pairs(self, tensors: dict[str, torch.Tensor]) -> list[list[Pair | None]]:
-        """A and B of each target by projection; None where the adapter has none."""
+    def pairs(self, tensors: dict[str, torch.Tensor]) -> list[list[Pair | None]]:
+        """A and B of each target by projection, None where the adapter has none; raises BadArtifact unless all fit."""
         left = dict(tensors)
         pairs = [[self._pair(target, left) for target in projection.targets] for projection in self.projections]
         if left:
@@ -141,6 +154,7 @@ class AdapterRows:
         entry = self._entries.pop(digest, None)
         if entry is not None:
             self.used_bytes -= entry.adapter.size_bytes
+            entry.adapter.release()
 
     def acquire(self, digest: str) -> int:
         """Counts one more user; returns the generation it is promised."""

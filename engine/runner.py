@@ -11,8 +11,7 @@ from engine.attention import PagedStep
 from engine.batch import Batch
 from engine.lanes import Lanes
 from engine.linear import ActiveAdapters
-from engine.lora import DeviceSegment
-from engine.packs import Packs
+from engine.lora import Arranger, DeviceSegment
 from engine.pool import KvPool
 
 
@@ -24,7 +23,7 @@ class Runner:
     pool: KvPool
     lanes: Lanes
     active: ActiveAdapters
-    packs: Packs
+    adapters: Arranger
     device: torch.device
 
     @torch.inference_mode()
@@ -37,7 +36,7 @@ class Runner:
             batch: the step.
             segments: batch.segments with the adapters' tensors.
         """
-        self.active.deltas = self.packs.arrange(segments)
+        self.active.deltas = self.adapters.arrange(segments)
         try:
             output = self.model(
                 input_ids=torch.tensor([batch.tokens], device=self.device),

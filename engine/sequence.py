@@ -20,7 +20,6 @@ from engine.blocks import BLOCK_SIZE
 from engine.errors import IllegalTransition
 from engine.prefix import next_key, root_key
 
-
 # Stands for a token that is computed but not yet known on the host; only ever the last one.
 UNKNOWN = -1
 

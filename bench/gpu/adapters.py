@@ -56,9 +56,7 @@ def rename(path: Path, number: int) -> None:
 def load(machine: Machine, base: Base, path: Path, number: int) -> DeviceAdapter:
     """Brings an adapter to the device and waits until it is there."""
     rename(path, number)
-    reader = reader_for(
-        base.runner.adapters, str(path.parent), base.projections, getattr(torch, base.dtype), MAX_RANK
-    )
+    reader = reader_for(base.runner.adapters, str(path.parent), base.projections, getattr(torch, base.dtype), MAX_RANK)
     adapter = reader.read(name_of(number), str(path))
     machine.synchronize()
     return adapter

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -47,13 +49,15 @@ class Machine:
         return statistics.median(self._mean(body, count) for _ in range(ROUNDS))
 
     def _mean(self, body: Callable[[], object], count: int) -> float:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event
+        first, last = (event(enable_timing=True) for _ in range(2))
         first.record()
         for _ in range(count):
             body()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3 / count
+        milliseconds: float = first.elapsed_time(last)
+        return milliseconds / 1e3 / count
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def measure_ceilings(machine: Machine) -> Ceilings:
     size = 1 << (12 if machine.dry else 31)
     source = torch.empty(size, dtype=torch.uint8, device=machine.device).random_()
     target = torch.empty_like(source)
-    copy = 2 * size / machine.seconds(lambda: target.copy_(source))
+    copy = 2 * size / machine.seconds(partial(target.copy_, source))
     del source, target
     side = 64 if machine.dry else 8192
     left, right = (torch.randn(side, side, device=machine.device).to(machine.dtype) for _ in range(2))

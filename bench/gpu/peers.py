@@ -24,14 +24,14 @@ def decode_seconds(machine: Machine, model: Any, rows: int, context: int, **give
     tokens = torch.randint(config.vocab_size, (rows, 1), device=machine.device)
     cache = DynamicCache()
     for layer in range(config.num_hidden_layers):
-        cache.update(*(torch.randn(shape, device=machine.device).to(machine.dtype) for _ in range(2)), layer)
+        key, value = (torch.randn(shape, device=machine.device).to(machine.dtype) for _ in range(2))
+        cache.update(key, value, layer)
 
     def step() -> None:
         model(input_ids=tokens, past_key_values=cache, use_cache=True, **given)
 
     with torch.no_grad():
         seconds = machine.seconds(step)
-    del cache
     machine.empty_cache()
     return seconds
 

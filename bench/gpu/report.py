@@ -121,7 +121,9 @@ def plot(lines: dict[str, list[tuple[int, float]]]) -> str:
     for place, name in enumerate(solid):
         color = _COLORS[place % len(_COLORS)]
         for key, dash in ((name, ""), (f"{name}, possible", ' stroke-dasharray="4 4"')):
-            points = " ".join(f"{across[x]:.0f},{top + high * (1 - min(share, 1)):.0f}" for x, share in sorted(lines[key]))
+            points = " ".join(
+                f"{across[x]:.0f},{top + high * (1 - min(share, 1)):.0f}" for x, share in sorted(lines[key])
+            )
             parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
         y = top + 16 * (place + 1)
         parts.append(f'<text x="{left + wide + 12}" y="{y}" fill="{color}">{name}</text>')

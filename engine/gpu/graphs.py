@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,9 @@ Pass = Callable[[], torch.Tensor]
 
 class Graphs(Protocol):
     """Runs passes by their shape."""
+
+    def __len__(self) -> int:
+        """How many shapes there are."""
 
     def run(self, shape: Hashable, body: Pass) -> torch.Tensor:
         """What the first pass given for this shape answers on what is in its buffers now."""
@@ -33,7 +36,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._is_refused = False
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -19,11 +19,11 @@ from engine.gpu.attention import Decoded, KernelStep, Prefilled
 from engine.gpu.graphs import CudaGraphs, DirectGraphs, Graphs
 from engine.gpu.sampling import BROKEN, Asked, Mode
 from engine.gpu.shape import Shape
-from engine.gpu.upload import HOSTS, Tables, Upload
+from engine.gpu.upload import HOSTS, Tables, Upload, event
 from engine.kernels.attention.launch import prefill_rows, splits_for
 from engine.linear import ActiveAdapters
 from engine.live import Live
-from engine.lora import DeviceSegment, StepDeltas
+from engine.lora import Arranger, DeviceSegment, StepDeltas
 from engine.outcome import Outcome, read_logits
 from engine.pool import KvPool
 from engine.sampler import Sampled, SampleRow
@@ -32,11 +32,9 @@ from engine.sequence import UNKNOWN
 from engine.sequence import Sequence as EngineSequence
 
 
-class Adapters(Protocol):
+@runtime_checkable
+class Adapters(Arranger, Protocol):
     """The adapters of steps, see `engine.rank_store`."""
-
-    def arrange(self, segments: Sequence[DeviceSegment]) -> Sequence[StepDeltas]:
-        """For a step without a graph; nothing where no segment has an adapter."""
 
     def bucket(self, segments: Sequence[DeviceSegment]) -> Hashable:
         """The shape of what a graph needs for these segments."""
@@ -61,27 +59,25 @@ class GpuRunner:
     pool: KvPool
     active: ActiveAdapters
     adapters: Adapters
-    device: torch.device
-    vocab_size: int
     max_rows: int
     context_length: int
     graphs: Graphs = field(init=False)
 
     def __post_init__(self) -> None:
-        is_cuda = self.device.type == "cuda"
+        self._device: torch.device = self.model.device
+        self._vocab_size: int = self.model.get_input_embeddings().num_embeddings
+        is_cuda = self._device.type == "cuda"
         self.graphs = CudaGraphs() if is_cuda else DirectGraphs()
         sizes = [max(layer.key_size, layer.value_size) for layer in self.pool.layers.values()]
         self._m = prefill_rows(max(sizes), self.pool.dtype.itemsize)
         most = shape.rows_bucket(self.max_rows)
         largest = Shape(most, most, most, splits_for(self.context_length))
-        self._padded = Upload(largest.layout.total, self.device)
+        self._padded = Upload(largest.layout.total, self._device)
         # Steps without graphs have a buffer of their own, which may be replaced by a larger one.
-        self._exact = Upload(1024, self.device)
+        self._exact = Upload(1024, self._device)
         self._tables = Tables()
-        self._landing = [
-            torch.zeros(most, dtype=torch.int32, device="cpu", pin_memory=is_cuda) for _ in range(HOSTS)
-        ]
-        self._chosen = torch.zeros(most, dtype=torch.int32, device=self.device)
+        self._landing = [torch.zeros(most, dtype=torch.int32, device="cpu", pin_memory=is_cuda) for _ in range(HOSTS)]
+        self._chosen = torch.zeros(most, dtype=torch.int32, device=self._device)
         self._places: dict[EngineSequence, int] = {}
         self._turn = 0
 
@@ -91,9 +87,7 @@ class GpuRunner:
         return self.compute(batch, segments, None)
 
     @torch.inference_mode()
-    def launch(
-        self, batch: Batch, segments: list[DeviceSegment], lives: Mapping[EngineSequence, Live]
-    ) -> Flight:
+    def launch(self, batch: Batch, segments: list[DeviceSegment], lives: Mapping[EngineSequence, Live]) -> Flight:
         """See `flight.Launcher`."""
         rows = [lives[row.sequence].sample_row() for row in batch.sampled]
         if batch.scored or not all(map(sampling.is_plain, rows)):
@@ -111,8 +105,8 @@ class GpuRunner:
         landing = self._landing[self._turn][: len(rows)]
         landing.copy_(chosen[: len(rows)], non_blocking=True)
         arrived = None
-        if self.device.type == "cuda":
-            arrived = torch.cuda.Event()
+        if self._device.type == "cuda":
+            arrived = event()
             arrived.record()
         return _Flight(rows, landing, arrived)
 
@@ -123,11 +117,11 @@ class GpuRunner:
         upload = self._padded if padded else self._exact
         form = padded or shape.exact_shape(batch, self._m)
         if form.layout.total > upload.capacity:
-            upload = self._exact = Upload(form.layout.total * 2, self.device)
+            upload = self._exact = Upload(form.layout.total * 2, self._device)
         host = upload.begin()
         shape.write(host, form, batch, self._sources(batch), self._tables, self._m)
         if rows:
-            sampling.write(host, form.layout.places, rows, self.vocab_size)
+            sampling.write(host, form.layout.places, rows, self._vocab_size)
         upload.send(form.layout.total)
         if padded is None:
             return self._body(form, upload, mode, self.adapters.arrange(segments))

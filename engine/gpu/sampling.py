@@ -32,9 +32,7 @@ class Mode(IntEnum):
 
 def is_plain(row: SampleRow) -> bool:
     """Whether a row's token can be chosen here."""
-    return (
-        row.history.seen is None and row.history.bias is None and not row.forbidden and not row.sampling.top_logprobs
-    )
+    return row.history.seen is None and row.history.bias is None and not row.forbidden and not row.sampling.top_logprobs
 
 
 def mode_of(rows: Sequence[SampleRow]) -> Mode:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,13 @@ class Layout:
         return sum(-(-size // ALIGNMENT) * ALIGNMENT for _, size in self.sizes)
 
 
+def event() -> torch.cuda.Event:
+    """A new event, not timed."""
+    made: Any = torch.cuda.Event
+    new: torch.cuda.Event = made()
+    return new
+
+
 class Upload:
     """The buffers. Used by one thread at a time.
 
@@ -53,8 +61,10 @@ class Upload:
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self.device = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._hosts = [torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=self._is_cuda) for _ in range(HOSTS)]
-        self._copied = [torch.cuda.Event() for _ in range(HOSTS)] if self._is_cuda else []
+        self._hosts = [
+            torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=self._is_cuda) for _ in range(HOSTS)
+        ]
+        self._copied = [event() for _ in range(HOSTS)] if self._is_cuda else []
         self._turn = 0
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from opentelemetry.context import Context
 
+from engine.adapters import reader_for
 from engine.answer import Stopping
 from engine.config import Settings
 from engine.loop import EngineLoop
@@ -131,7 +132,7 @@ class InProcess:
 
 
 def reader(base: Base, root: Path) -> ArtifactReader:
-    return ArtifactReader(os.path.realpath(root), base.projections, torch.float32, torch.device("cpu"), 512)
+    return reader_for(base.runner.adapters, os.path.realpath(root), base.projections, torch.float32, 512)
 
 
 def tiny_base(folder: Path, **settings: Any) -> Base:

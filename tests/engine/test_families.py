@@ -28,6 +28,7 @@ from transformers import (
 from cache.artifact import AdapterFiles, BaseDescription, build_artifact
 from cache.errors import UnsupportedAdapter
 from engine.batch import Batch, build_batch
+from engine.flight import Runs
 from engine.lanes import Lanes
 from engine.lora import DeviceAdapter, DeviceSegment
 from engine.runner import Runner
@@ -77,7 +78,7 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(1, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def logits_of(runner: Runner, batch: Batch, loaded: Mapping[str, DeviceAdapter]) -> torch.Tensor:
+def logits_of(runner: Runs, batch: Batch, loaded: Mapping[str, DeviceAdapter]) -> torch.Tensor:
     segments = [DeviceSegment(s.start, s.stop, loaded[s.adapter]) for s in batch.segments]
     return runner.run(batch, segments)
 
@@ -91,6 +92,7 @@ def test_logits_are_those_of_each_adapter_alone(
     folder = tiny_model(family)
     adapters = four_adapters(folder, tmp_path, family)
     base, oracle = tiny_base(folder), Oracle(folder, adapters)
+    assert isinstance(base.runner, Runner)
     runner = dataclasses.replace(base.runner, lanes=Lanes(base.runner.pool, lane_bytes))
     loaded = {a.digest: reader(base, tmp_path).read(a.digest, str(a.path)) for a in adapters}
     texts = [random_tokens(stops[-1], seed) for seed, stops in enumerate(STOPS)]

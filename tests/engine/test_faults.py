@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from engine.batch import Batch
+from engine.flight import Runs
 from engine.lora import DeviceSegment
 from engine.messages import Failed, Submit
 from engine.model import Base
-from engine.runner import Runner
 from tests.engine.harness import Collected, InProcess, Router, request, tiny_base
 from tests.engine.tiny import TinyAdapter, four_adapters
 
@@ -24,7 +24,7 @@ Fault = Callable[[Batch], None]
 class FaultyRunner:
     """A runner that does what a test says after each pass, its keys and values written."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runs) -> None:
         self._runner = runner
         self.fault: Fault = lambda batch: None
         self.passes = 0

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from engine.answer import FinishReason
 from engine.batch import Batch
+from engine.flight import Runs
 from engine.lora import DeviceSegment
 from engine.messages import Cancel, Evict, Evicted, Submit
-from engine.runner import Runner
 from tests.engine.harness import Collected, InProcess, Router, request, tiny_base
 from tests.engine.tiny import TinyAdapter, four_adapters, write_artifact
 
@@ -101,7 +101,7 @@ def test_preempted_sequences_are_computed_again_to_the_same_answer(
 class Culprit:
     """A runner that misbehaves for sequences whose prompt begins with token 13."""
 
-    def __init__(self, runner: Runner, how: str) -> None:
+    def __init__(self, runner: Runs, how: str) -> None:
         self._runner = runner
         self._how = how
 

@@ -139,4 +139,4 @@ def test_targets_are_the_linear_layers_of_the_decoder(tiny_model: Callable[[str]
 
 def test_bfloat16_passes_its_own_check(tiny_model: Callable[[str], Path]) -> None:
     base = tiny_base(tiny_model("llama"), dtype="bfloat16")
-    assert base.dtype == "bfloat16" and base.runner.pool.keys[0].dtype is torch.bfloat16
+    assert base.dtype == "bfloat16" and base.runner.pool.dtype is torch.bfloat16

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from engine.batch import Batch
+from engine.flight import Runs
 from engine.logprobs import TokenLogprob, logprobs_of
 from engine.lora import DeviceSegment
 from engine.model import Base
-from engine.runner import Runner
 from tests.engine.harness import Collected, InProcess, request, tiny_base
 from tests.engine.tiny import Oracle, TinyAdapter, four_adapters
 
@@ -40,7 +40,7 @@ def base(tiny_model: Callable[[str], Path]) -> Base:
 class WatchingRunner:
     """A runner that remembers the most logits it was asked for in one pass."""
 
-    runner: Runner
+    runner: Runs
     most: int = 0
 
     def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:

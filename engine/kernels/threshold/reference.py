@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def floors(
-    weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def floors(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """The smallest weight of each row that is kept; the largest of a row is 1.
 
     A weight is inside top-k when fewer than k are larger, and inside top-p when those larger, of what top-k left, sum

@@ -101,7 +101,7 @@ def check_prefill(case: Case, chunks: list[tuple[int, int]]) -> None:
         first = places[-1][1] if places else 0
         places.append([first, first + count, context])
     m = launch.prefill_rows(max(case.key_size, case.value_size), case.dtype.itemsize)
-    tiles = launch.tiles_of([count for _, count in chunks], m) + [(-1, 0)]
+    tiles = [*launch.tiles_of([count for _, count in chunks], m), (-1, 0)]
     launch.prefill(
         query, pool.keys, pool.values, pool.tables, torch.tensor(tiles, dtype=torch.int32),
         torch.tensor(places, dtype=torch.int32), out, m=m, **case.form,

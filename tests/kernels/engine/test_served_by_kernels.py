@@ -18,7 +18,7 @@ from engine.gpu.runner import GpuRunner
 from engine.messages import Cancel, Request, Submit
 from engine.model import Base, load_base
 from tests.engine.harness import InProcess, Router, request
-from tests.engine.tiny import make_model
+from tests.engine.tiny import four_adapters, make_model
 from tests.kernels.conftest import HAS_GPU, INTERPRETED
 
 pytestmark = pytest.mark.interpreted
@@ -35,7 +35,9 @@ def opened(folder: Path, *, kernels: bool, blocks: int = 64) -> Base:
     return dataclasses.replace(load_base(settings, kernels=kernels), block_count=blocks)
 
 
-def both(folder: Path, *requests: Request, blocks: int = 64, preempts: bool = False) -> tuple[list[list[int]], list[list[int]]]:
+def both(
+    folder: Path, *requests: Request, blocks: int = 64, preempts: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids by torch, and by the kernels."""
     answers = []
     for kernels in (False, True):
@@ -62,6 +64,24 @@ def test_greedy_tokens_are_those_of_torch(folder: Callable[[str], Path], family:
     torch_path, kernels = both(folder(family), *wanted)
     assert kernels == torch_path
     assert [len(tokens) for tokens in kernels] and any(kernels)
+
+
+def test_adapters_give_the_tokens_of_torch_alone_and_beside_each_other(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    place = folder("llama")
+    adapters = four_adapters(place, tmp_path, "llama")
+    wanted = [
+        request([3 + number, 5, 7], adapter, max_output_tokens=7)
+        for number, adapter in enumerate(["", *(adapter.digest for adapter in adapters), adapters[2].digest])
+    ]
+    answers = []
+    for kernels in (False, True):
+        with InProcess(opened(place, kernels=kernels), max_sequences=8) as engine:
+            engine.install(*adapters)
+            answers.append([collected.token_ids for collected in engine.run(*wanted, timeout=120)])
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[1]))) > 3
 
 
 def test_every_way_of_sampling_gives_the_tokens_of_torch(folder: Callable[[str], Path]) -> None:

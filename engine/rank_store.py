@@ -1,0 +1,315 @@
+"""Adapters as rows on the device, and the LoRA kernels of a step. What is where is decided in rank_rows.py and rank_layout.py.
+
+Memory of the step that graphs may rely on: arenas and row tables never move, and what a bucket uses (items, planes) is
+made once for it. `prepare` writes a step's items with one upload; then the same launches compute it.
+
+Loading does not wait for the device, and the step thread does not wait for loading: copies run on a stream of their
+own, layer by layer, each followed by an event; a step that uses an adapter which is still coming waits, on the device,
+before each of its layers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.errors import DeviceFull, RowsFull
+from engine.kernels.lora import launch
+from engine.kernels.lora.form import Form, table_for
+from engine.lora import DeviceAdapter, DeviceSegment, Projection
+from engine.rank_layout import Kind, kinds_of, row_width
+from engine.rank_load import Destination, Loader, has_passed
+from engine.rank_pieces import Extent, Layout
+from engine.rank_rows import RowPool, Rows, RowTable
+from engine.rank_work import SHRINK_ITEM, Block, Bucket, Span, bucket_of, expand_item, items_of
+
+
+@dataclass(eq=False)
+class Arena:
+    """Rows of all kinds with the same number of layers.
+
+    Attributes:
+        tensor: [layers, rows, width].
+        table: int32 [rows], lists of scattered rows.
+    """
+
+    tensor: torch.Tensor
+    table: torch.Tensor
+    pool: RowPool
+    lists: RowTable
+
+
+@dataclass(frozen=True, eq=False)
+class RankedAdapter(DeviceAdapter):
+    """An adapter whose tensors are rows of a store.
+
+    Attributes:
+        rows: by arena; None where it has none.
+        ranks: by kind and target.
+        arrivals: by projection, what a stream waits for before it reads the projection's rows; empty once all are there.
+    """
+
+    store: RankStore = field(kw_only=True)
+    rows: tuple[Rows | None, ...] = field(kw_only=True)
+    ranks: tuple[tuple[int, ...], ...] = field(kw_only=True)
+    arrivals: dict[int, torch.cuda.Event] = field(kw_only=True)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether some of its layers may not be there yet."""
+        if self.arrivals and all(map(has_passed, self.arrivals.values())):
+            self.arrivals.clear()
+        return bool(self.arrivals)
+
+    def release(self) -> None:
+        self.store.release(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Launches of one kind in one step."""
+
+    kind: Kind
+    arena: Arena
+    shrink: torch.Tensor
+    expand: torch.Tensor
+    z: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What the segments of a step add: two launches for each projection that any of them touches.
+
+    Attributes:
+        works: by kind; None where no adapter of the step has any rank.
+        kinds: by projection, its kind and its layer among those of the kind.
+        coming: adapters of which some layers may still be on their way.
+    """
+
+    form: Form
+    works: tuple[_Work | None, ...]
+    kinds: tuple[tuple[int, int], ...]
+    coming: tuple[RankedAdapter, ...]
+
+    def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        kind, layer = self.kinds[number]
+        work = self.works[kind]
+        if work is None:
+            return
+        for adapter in self.coming:
+            if number in adapter.arrivals:
+                torch.cuda.current_stream().wait_event(adapter.arrivals[number])
+        rows, table = work.arena.tensor[layer], work.arena.table
+        launch.shrink(x, rows, table, work.shrink, work.z, self.form)
+        launch.expand(work.z, rows, table, work.expand, y, work.kind.columns, self.form)
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """Memory of a bucket, and what was written to it last."""
+
+    items: torch.Tensor
+    works: tuple[_Work | None, ...]
+    written: tuple[Span, ...] = ()
+
+
+class RankStore:
+    """The adapters of one device, within a budget of bytes.
+
+    `load` may run on any thread beside the one that runs steps; the rest belongs to the latter.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], budget_bytes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.device = device
+        self.kinds = kinds_of(projections)
+        self.width = row_width(self.kinds)
+        layer_counts = sorted({len(kind.projections) for kind in self.kinds})
+        arena_of = tuple(layer_counts.index(len(kind.projections)) for kind in self.kinds)
+        self.layout = Layout(projections, self.kinds, arena_of, self.width, dtype.itemsize)
+        # As an adapter on all modules takes them.
+        rows = self.layout.rows_of([(1,) * len(kind.outs) for kind in self.kinds])
+        self.row_bytes = [layers * self.width * dtype.itemsize for layers in layer_counts]
+        together = sum(count * each for count, each in zip(rows, self.row_bytes, strict=True))
+        self.arenas = tuple(
+            _arena(layers, budget_bytes * count * each // together, self.width, dtype, device)
+            for layers, count, each in zip(layer_counts, rows, self.row_bytes, strict=True)
+        )
+        places = {n: (k, layer) for k, kind in enumerate(self.kinds) for layer, n in enumerate(kind.projections)}
+        self._places = tuple(places[number] for number in range(len(projections)))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self._table = table_for(name)
+        self._lock = threading.Lock()
+        self._loader = Loader(device)
+        self._buffers: dict[Bucket, _Buffers] = {}
+        self._planes: dict[int, torch.Tensor] = {}
+
+    def load(self, digest: str, content: torch.Tensor, extents: Mapping[str, Extent]) -> RankedAdapter:
+        """Takes rows for an adapter and starts to fill them.
+
+        Raises DeviceFull, with nothing changed, when too few rows are free.
+
+        Args:
+            content: uint8, the artifact's file; read until the last arrival.
+            extents: where each of its tensors is in it; all fit the base.
+        """
+        ranks = self.layout.ranks_of(extents)
+        rows = self._allot(ranks)
+        to = [Destination(arena.tensor, held) if held else None for arena, held in zip(self.arenas, rows, strict=True)]
+        try:
+            arrivals = self._loader.fill(content, self.layout.layers_of(extents), to)
+        except BaseException:
+            self._give_back(rows)
+            raise
+        size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
+        return RankedAdapter(digest, (), size, store=self, rows=rows, ranks=ranks, arrivals=arrivals)
+
+    def release(self, adapter: RankedAdapter) -> None:
+        """Frees the rows of an adapter that no later step will use; steps that were launched may still read them."""
+        self._give_back(adapter.rows)
+
+    def arrange(self, segments: Sequence[DeviceSegment]) -> list[RankStep]:
+        """How these segments of a step are computed: nothing for none."""
+        touching = [segment for segment in segments if any(map(any, _ranked(segment).ranks))]
+        return [self.prepare(touching, self.bucket(touching))] if touching else []
+
+    def bucket(self, segments: Sequence[DeviceSegment]) -> Bucket:
+        """The bucket of a step with at least one segment. Its rows may be anywhere."""
+        return bucket_of([self._span(segment, listed=False) for segment in segments], self.kinds, self._table)
+
+    def prepare(self, segments: Sequence[DeviceSegment], bucket: Bucket) -> RankStep:
+        """Writes the items of a step into the memory of a bucket that it fits.
+
+        Raises StaleRows when rows of an adapter are no longer of the generation it was given.
+        """
+        self._loader.steps_on_this_stream()
+        adapters = {segment.adapter.serial: _ranked(segment) for segment in segments}.values()
+        self._check(adapters)
+        self._list(adapters)
+        spans = tuple(self._span(segment, listed=True) for segment in segments)
+        buffers = self._buffers.get(bucket) or self._make_buffers(bucket)
+        if buffers.written != spans:
+            buffers.written = ()  # should the upload fail
+            flat: list[int] = []
+            for number, kind in enumerate(self.kinds):
+                if bucket.touched[number]:
+                    for items in items_of(number, kind, spans, self.width, bucket):
+                        flat += items
+            self._upload(flat, buffers.items)
+            buffers.written = spans
+        coming = tuple(adapter for adapter in adapters if adapter.is_coming)
+        return RankStep(bucket.form, buffers.works, self._places, coming)
+
+    def wait(self, segments: Sequence[DeviceSegment]) -> None:
+        """Makes the current stream wait until all layers of these adapters are there: before a graph, which cannot."""
+        for segment in segments:
+            arrivals = _ranked(segment).arrivals
+            for event in set(arrivals.values()):
+                torch.cuda.current_stream().wait_event(event)
+            # Whatever is launched from here on comes after them.
+            arrivals.clear()
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the rows that are free."""
+        return sum(arena.pool.free_count * each for arena, each in zip(self.arenas, self.row_bytes, strict=True))
+
+    def _allot(self, ranks: Sequence[Sequence[int]]) -> tuple[Rows | None, ...]:
+        taken: list[Rows | None] = []
+        with self._lock:
+            try:
+                for arena, count in zip(self.arenas, self.layout.rows_of(ranks), strict=True):
+                    taken.append(arena.pool.allot(count) if count else None)
+            except RowsFull as error:
+                for arena, rows in zip(self.arenas, taken, strict=False):
+                    if rows:
+                        arena.pool.release(rows)
+                arena_bytes = self.row_bytes[len(taken)]
+                raise DeviceFull(
+                    error.needed * arena_bytes, error.free * arena_bytes, error.total * arena_bytes
+                ) from None
+        return tuple(taken)
+
+    def _give_back(self, rows: Sequence[Rows | None]) -> None:
+        with self._lock:
+            for arena, held in zip(self.arenas, rows, strict=True):
+                if held:
+                    arena.pool.release(held)
+
+    def _check(self, adapters: Iterable[RankedAdapter]) -> None:
+        with self._lock:
+            for adapter in adapters:
+                for arena, rows in zip(self.arenas, adapter.rows, strict=True):
+                    if rows:
+                        arena.pool.check(rows, adapter.digest)
+
+    def _list(self, adapters: Iterable[RankedAdapter]) -> None:
+        """Lists rows that are scattered, where they are not listed yet."""
+        for number, arena in enumerate(self.arenas):
+            scattered = [rows for adapter in adapters if (rows := adapter.rows[number]) and rows.is_scattered]
+            for place, rows in arena.lists.place(scattered):
+                self._upload(rows.listed(), arena.table[place : place + rows.count])
+
+    def _span(self, segment: DeviceSegment, *, listed: bool) -> Span:
+        """Of a segment; without the places of its rows where they are not listed yet."""
+        adapter = _ranked(segment)
+        offsets = self.layout.offsets(adapter.ranks)
+        blocks: list[Block | None] = []
+        for number, (ranks, offset) in enumerate(zip(adapter.ranks, offsets, strict=True)):
+            arena = self.layout.arena_of[number]
+            rows = adapter.rows[arena]
+            if rows is None or not any(ranks):
+                blocks.append(None)
+                continue
+            start = rows.runs[0][0]
+            if rows.is_scattered:
+                start = self.arenas[arena].lists.start_of(rows) if listed else 0
+            blocks.append(Block(start + offset, rows.is_scattered, ranks))
+        return Span(segment.start, segment.stop, tuple(blocks))
+
+    def _make_buffers(self, bucket: Bucket) -> _Buffers:
+        sizes: list[int] = []
+        for kind, touched in zip(self.kinds, bucket.touched, strict=True):
+            sizes += [bucket.shrink_items(kind) * SHRINK_ITEM, bucket.tiles * expand_item(kind)] if touched else [0, 0]
+        items = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+        parts = torch.split(items, sizes)
+        works: list[_Work | None] = []
+        for number, kind in enumerate(self.kinds):
+            if not bucket.touched[number]:
+                works.append(None)
+                continue
+            shrink, expand = parts[2 * number].view(-1, SHRINK_ITEM), parts[2 * number + 1].view(bucket.tiles, -1)
+            arena = self.arenas[self.layout.arena_of[number]]
+            works.append(_Work(kind, arena, shrink, expand, self._z(bucket.form, len(shrink))))
+        self._buffers[bucket] = _Buffers(items, tuple(works))
+        return self._buffers[bucket]
+
+    def _z(self, form: Form, items: int) -> torch.Tensor:
+        """Planes for so many items. Launches follow each other, so those of one size share their memory."""
+        shape = (form.splits, items, form.token_tile, form.rank_tile)
+        numbers = math.prod(shape)
+        size = 1 << (numbers - 1).bit_length()
+        if size not in self._planes:
+            self._planes[size] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self._planes[size][:numbers].view(shape)
+
+    def _upload(self, numbers: list[int], to: torch.Tensor) -> None:
+        host = torch.tensor(numbers, dtype=torch.int32)
+        to.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+
+
+def _arena(layers: int, budget_bytes: int, width: int, dtype: torch.dtype, device: torch.device) -> Arena:
+    count = budget_bytes // (layers * width * dtype.itemsize)
+    tensor = torch.empty(layers, count, width, dtype=dtype, device=device)
+    table = torch.zeros(count, dtype=torch.int32, device=device)
+    return Arena(tensor, table, RowPool(count), RowTable(count))
+
+
+def _ranked(segment: DeviceSegment) -> RankedAdapter:
+    assert isinstance(segment.adapter, RankedAdapter)
+    return segment.adapter
