@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bench.gpu.machine import Machine
 from engine.adapters import reader_for
@@ -32,16 +32,22 @@ def name_of(number: int) -> str:
     return f"random-{number:04d}"
 
 
-def write_artifact(machine: Machine, base: Base, folder: Path, rank: int) -> Path:
-    """Adapter 0 of a rank, over all linear layers."""
+def write_artifact(machine: Machine, base: Base, folder: Path, rank: int, scale: float = SCALE) -> Path:
+    """Adapter 0 of a rank, over all linear layers; another one every time."""
     tensors: dict[str, torch.Tensor] = {}
     for target in base.targets:
         for half, shape in (("A", (rank, target.in_features)), ("B", (target.out_features, rank))):
-            numbers = torch.randn(shape, device=machine.device) * SCALE
+            numbers = torch.randn(shape, device=machine.device) * scale
             tensors[f"{target.name}.{half}"] = numbers.to(getattr(torch, base.dtype)).cpu()
     path = folder / f"rank-{rank}"
     save_file(tensors, path, metadata={"format": FORMAT, "digest": name_of(0), "rank": str(rank)})
     return path
+
+
+def read_pairs(path: Path, device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each module."""
+    tensors = load_file(path, device=str(device))
+    return {name[:-2]: (tensors[name], tensors[name[:-1] + "B"]) for name in tensors if name.endswith(".A")}
 
 
 def rename(path: Path, number: int) -> None:

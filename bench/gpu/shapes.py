@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def make_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int 
     """A model whose attention is eager, as `open_base` wants it."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="eager")  # type: ignore[no-untyped-call]
     return model.eval().requires_grad_(False)
 
 
