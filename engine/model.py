@@ -126,6 +126,11 @@ def open_base(
     expected = _reference(model)
     probe = _probe(model)
     layers = probe.layers
+    if kernels:
+        # Needs Triton, which not every machine has.
+        from engine.gpu.fused import fuse
+
+        fuse(model)
     memory = kv_memory(settings, device)
     # On CPU half of the memory is for lanes, see there.
     lane_bytes = 0 if kernels else memory // 2
@@ -140,7 +145,6 @@ def open_base(
     def runner_of(pool: KvPool) -> Runner | GpuRunner:
         if not kernels:
             return Runner(model, pool, Lanes(pool, lane_bytes), active, adapters, device)
-        # Needs Triton, which not every machine has.
         from engine.gpu.runner import Adapters, GpuRunner
 
         assert isinstance(adapters, Adapters)

@@ -99,7 +99,7 @@ def _reference(
     form: dict[str, Any],
 ) -> torch.Tensor:
     """In float32 on CPU: a device's own products may be rounded more."""
-    return reference.attend(*(each.cpu() for each in (query,)), context, table.cpu(), keys.cpu(), values.cpu(), **form)
+    return reference.attend(query.cpu(), context, table.cpu(), keys.cpu(), values.cpu(), **form)
 
 
 def _distance(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -160,7 +160,8 @@ class _Adapted:
     """The model with one adapter: by PEFT where it is there, otherwise with A and B added to its weights."""
 
     def __init__(self, model: Any, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._model, self._pairs, self._wrapped = model, pairs, None
+        self._model, self._pairs = model, pairs
+        self._wrapped: Any = None
 
     def __enter__(self) -> None:
         if not self._pairs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +121,7 @@ class _Model:
         self.report.note(f"{self.name}: logits of prefill, chunk and decode are those of transformers' own attention")
         steps.fill_pool(self.base)
         self._base_steps()
-        self._kept(self.plan.main_batch, self.plan.main_rank, self.plan.adapters, peer)
+        self._main(peer)
         for part in ([self._loading, self._serving] if is_first else []) + [self._prefill, self._rest]:
             self.course.check_time()
             part()
@@ -145,32 +145,29 @@ class _Model:
             self.report.add(Figure(section, f"batch {rows}", self.seconds[rows] * 1e3, "ms", self.floor(rows) * 1e3))
         self.report.write()
 
-    def _kept(self, rows: int, rank: int, counts: tuple[int, ...], peer: dict[str, float]) -> None:
-        """Decode rate with adapters as a share of the base's, and as much as their bytes allow."""
-        section = f"{self.name}: {KEPT}"
-        counts = tuple(count for count in counts if count <= rows)
-        if not counts:
-            return
-        with made.loaded(self.machine, self.base, rank, max(counts)) as adapters:
-            before = self.seconds[rows]
-            after = self.step(rows, [])
-            if rank == self.plan.main_rank and rows == self.plan.main_batch:
-                case = f"batch {rows}, {len(adapters)} adapters resident, none used"
-                self.report.add(
-                    Figure(f"{self.name}: base alone with LoRA enabled", case, after * 1e3, "ms", before * 1e3)
-                )
-            for count in counts:
-                seconds = self.step(rows, adapters[:count])
-                case = f"batch {rows}, {count} adapters, rank {rank}"
-                possible = self.floor(rows) / self.floor(rows, rank * count)
-                self.report.add(Figure(section, case, after / seconds, "of base", possible, is_rate=True))
-                step = Figure(
-                    f"{self.name}: decode step", case, seconds * 1e3, "ms", self.floor(rows, rank * count) * 1e3
-                )
-                self.report.add(step)
+    def _main(self, peer: dict[str, float]) -> None:
+        """What is looked at first: one batch, one rank, and what others make of the same."""
+        plan, rows = self.plan, self.plan.main_batch
+        with made.loaded(self.machine, self.base, plan.main_rank, max(plan.adapters)) as adapters:
+            before, after = self.step(rows, []), self.step(rows, [])
+            case = f"batch {rows}, {len(adapters)} adapters resident, none used"
+            section = f"{self.name}: base alone, beside the same before any adapter came"
+            self.report.add(Figure(section, case, min(before, after) * 1e3, "ms", self.seconds[rows] * 1e3))
+            self._with_adapters(rows, plan.main_rank, adapters)
         for name, seconds in peer.items():
             self.report.add(Figure(f"{self.name}: decode step of others", name, seconds * 1e3, "ms"))
         self.report.write()
+
+    def _with_adapters(self, rows: int, rank: int, adapters: list[DeviceAdapter]) -> None:
+        """Decode rate with adapters as a share of the base's, and as much as their bytes allow."""
+        for count in self.plan.adapters:
+            if count > min(rows, len(adapters)):
+                continue
+            seconds, base = self.step(rows, adapters[:count]), self.seconds[rows]
+            case, floor = f"batch {rows}, {count} adapters, rank {rank}", self.floor(rows, rank * count)
+            self.report.add(Figure(f"{self.name}: decode step", case, seconds * 1e3, "ms", floor * 1e3))
+            section, possible = f"{self.name}: {KEPT}", self.floor(rows) / floor
+            self.report.add(Figure(section, case, base / seconds, "of base", possible, is_rate=True))
 
     def _peers(self, model: Any) -> dict[str, float]:
         plan, found = self.plan, {}
@@ -227,11 +224,11 @@ class _Model:
     def _rest(self) -> None:
         """The other batches and ranks."""
         plan = self.plan
-        cases: list[Callable[[], None]] = []
         for rank in plan.ranks:
-            for rows in (plan.main_batch, *plan.batches):
-                if (rank, rows) != (plan.main_rank, plan.main_batch):
-                    cases.append(lambda rank=rank, rows=rows: self._kept(rows, rank, plan.adapters, {}))  # type: ignore[misc]
-        for case in cases:
-            self.course.check_time()
-            case()
+            batches = [rows for rows in plan.batches if (rank, rows) != (plan.main_rank, plan.main_batch)]
+            most = max(count for count in plan.adapters if count <= max(batches))
+            with made.loaded(self.machine, self.base, rank, most) as adapters:
+                # The main batch first.
+                for rows in sorted(batches, key=lambda rows: rows != plan.main_batch):
+                    self._with_adapters(rows, rank, adapters)
+            self.report.write()

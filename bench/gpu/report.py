@@ -50,9 +50,7 @@ class Report:
 
     def add(self, figure: Figure) -> Figure:
         """Takes a figure and prints it."""
-        if not self.figures or self.figures[-1].section != figure.section:
-            print(f"\n{figure.section}", flush=True)
-        print(figure.row, flush=True)
+        print(f"{'(dry run) ' if self.path is None else ''}{figure.section} {figure.row}", flush=True)
         self.figures.append(figure)
         return figure
 

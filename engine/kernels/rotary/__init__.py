@@ -1,0 +1,1 @@
+"""Rotary position embedding of a step's queries and keys, in one launch."""
