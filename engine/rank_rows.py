@@ -124,9 +124,13 @@ class RowTable:
 
     A list stays where it is while steps use it. When the table is full, it is begun anew with the lists of one step,
     which always fit: allotments share no rows.
+
+    Attributes:
+        epoch: how often it was begun anew; lists are elsewhere since.
     """
 
     def __init__(self, total: int) -> None:
+        self.epoch = 0
         self._total = total
         self._places: dict[int, int] = {}
         self._used = 0
@@ -138,6 +142,7 @@ class RowTable:
         if self._used + sum(rows.count for rows in new) > self._total:
             self._places.clear()
             self._used, new = 0, wanted
+            self.epoch += 1
         writes = []
         for rows in new:
             self._places[rows.generation] = self._used

@@ -50,12 +50,14 @@ class RankedAdapter(DeviceAdapter):
     Attributes:
         rows: by arena; None where it has none.
         ranks: by kind and target.
+        offsets: by kind, where its block begins among the rows.
         arrivals: by projection, what a stream waits for before it reads the projection's rows; empty once all are there.
     """
 
     store: RankStore = field(kw_only=True)
     rows: tuple[Rows | None, ...] = field(kw_only=True)
     ranks: tuple[tuple[int, ...], ...] = field(kw_only=True)
+    offsets: tuple[int, ...] = field(kw_only=True)
     arrivals: dict[int, torch.cuda.Event] = field(kw_only=True)
 
     @property
@@ -114,7 +116,7 @@ class _Buffers:
 
     items: torch.Tensor
     works: tuple[_Work | None, ...]
-    written: tuple[Span, ...] = ()
+    written: object = None
 
 
 class RankStore:
@@ -148,6 +150,7 @@ class RankStore:
         self._loader = Loader(device)
         self._buffers: dict[Bucket, _Buffers] = {}
         self._planes: dict[int, torch.Tensor] = {}
+        self._last: tuple[object, Bucket] | None = None
 
     def load(self, digest: str, content: torch.Tensor, extents: Mapping[str, Extent]) -> RankedAdapter:
         """Takes rows for an adapter and starts to fill them.
@@ -167,7 +170,8 @@ class RankStore:
             self._give_back(rows)
             raise
         size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
-        return RankedAdapter(digest, (), size, store=self, rows=rows, ranks=ranks, arrivals=arrivals)
+        offsets = tuple(self.layout.offsets(ranks))
+        return RankedAdapter(digest, (), size, store=self, rows=rows, ranks=ranks, offsets=offsets, arrivals=arrivals)
 
     def release(self, adapter: RankedAdapter) -> None:
         """Frees the rows of an adapter that no later step will use; steps that were launched may still read them."""
@@ -180,7 +184,11 @@ class RankStore:
 
     def bucket(self, segments: Sequence[DeviceSegment]) -> Bucket:
         """The bucket of a step with at least one segment. Its rows may be anywhere."""
-        return bucket_of([self._span(segment, listed=False) for segment in segments], self.kinds, self._table)
+        identity = _identity(segments)
+        if self._last is None or self._last[0] != identity:
+            spans = [self._span(segment, listed=False) for segment in segments]
+            self._last = (identity, bucket_of(spans, self.kinds, self._table))
+        return self._last[1]
 
     def prepare(self, segments: Sequence[DeviceSegment], bucket: Bucket) -> RankStep:
         """Writes the items of a step into the memory of a bucket that it fits.
@@ -191,17 +199,19 @@ class RankStore:
         adapters = {segment.adapter.serial: _ranked(segment) for segment in segments}.values()
         self._check(adapters)
         self._list(adapters)
-        spans = tuple(self._span(segment, listed=True) for segment in segments)
         buffers = self._buffers.get(bucket) or self._make_buffers(bucket)
-        if buffers.written != spans:
-            buffers.written = ()  # should the upload fail
+        # From one decode step to the next nothing changes, as a rule: then nothing is made or sent.
+        wanted = (_identity(segments), tuple(arena.lists.epoch for arena in self.arenas))
+        if buffers.written != wanted:
+            buffers.written = None  # should the upload fail
+            spans = [self._span(segment, listed=True) for segment in segments]
             flat: list[int] = []
             for number, kind in enumerate(self.kinds):
                 if bucket.touched[number]:
                     for items in items_of(number, kind, spans, self.width, bucket):
                         flat += items
             self._upload(flat, buffers.items)
-            buffers.written = spans
+            buffers.written = wanted
         coming = tuple(adapter for adapter in adapters if adapter.is_coming)
         return RankStep(bucket.form, buffers.works, self._places, coming)
 
@@ -258,9 +268,8 @@ class RankStore:
     def _span(self, segment: DeviceSegment, *, listed: bool) -> Span:
         """Of a segment; without the places of its rows where they are not listed yet."""
         adapter = _ranked(segment)
-        offsets = self.layout.offsets(adapter.ranks)
         blocks: list[Block | None] = []
-        for number, (ranks, offset) in enumerate(zip(adapter.ranks, offsets, strict=True)):
+        for number, (ranks, offset) in enumerate(zip(adapter.ranks, adapter.offsets, strict=True)):
             arena = self.layout.arena_of[number]
             rows = adapter.rows[arena]
             if rows is None or not any(ranks):
@@ -313,3 +322,8 @@ def _arena(layers: int, budget_bytes: int, width: int, dtype: torch.dtype, devic
 def _ranked(segment: DeviceSegment) -> RankedAdapter:
     assert isinstance(segment.adapter, RankedAdapter)
     return segment.adapter
+
+
+def _identity(segments: Sequence[DeviceSegment]) -> object:
+    """Equal for steps with the same tokens of the same adapters."""
+    return tuple((segment.start, segment.stop, segment.adapter.serial) for segment in segments)
