@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from engine.errors import DeviceFull, RowsFull
@@ -25,7 +26,7 @@ from engine.rank_layout import Kind, kinds_of, row_width
 from engine.rank_load import Destination, Loader, has_passed
 from engine.rank_pieces import Extent, Layout
 from engine.rank_rows import RowPool, Rows, RowTable
-from engine.rank_work import SHRINK_ITEM, Block, Bucket, Span, bucket_of, expand_item, items_of
+from engine.rank_work import SHRINK_ITEM, Block, Bucket, Ints, Span, bucket_of, expand_item, items_of
 
 
 @dataclass(eq=False)
@@ -50,14 +51,18 @@ class RankedAdapter(DeviceAdapter):
     Attributes:
         rows: by arena; None where it has none.
         ranks: by kind and target.
+        totals: by kind, the ranks of all targets.
         offsets: by kind, where its block begins among the rows.
+        blocks: by kind, as they were made for the places that its rows begin at, by arena.
         arrivals: by projection, what a stream waits for before it reads the projection's rows; empty once all are there.
     """
 
     store: RankStore = field(kw_only=True)
     rows: tuple[Rows | None, ...] = field(kw_only=True)
     ranks: tuple[tuple[int, ...], ...] = field(kw_only=True)
+    totals: tuple[int, ...] = field(kw_only=True)
     offsets: tuple[int, ...] = field(kw_only=True)
+    blocks: dict[tuple[int, ...], tuple[Block | None, ...]] = field(default_factory=dict, kw_only=True)
     arrivals: dict[int, torch.cuda.Event] = field(kw_only=True)
 
     @property
@@ -170,8 +175,10 @@ class RankStore:
             self._give_back(rows)
             raise
         size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
-        offsets = tuple(self.layout.offsets(ranks))
-        return RankedAdapter(digest, (), size, store=self, rows=rows, ranks=ranks, offsets=offsets, arrivals=arrivals)
+        return RankedAdapter(
+            digest, (), size, store=self, rows=rows, ranks=ranks, totals=tuple(map(sum, ranks)),
+            offsets=tuple(self.layout.offsets(ranks)), arrivals=arrivals,
+        )  # fmt: skip
 
     def release(self, adapter: RankedAdapter) -> None:
         """Frees the rows of an adapter that no later step will use; steps that were launched may still read them."""
@@ -179,15 +186,16 @@ class RankStore:
 
     def arrange(self, segments: Sequence[DeviceSegment]) -> list[RankStep]:
         """How these segments of a step are computed: nothing for none."""
-        touching = [segment for segment in segments if any(map(any, _ranked(segment).ranks))]
+        touching = [segment for segment in segments if any(_ranked(segment).totals)]
         return [self.prepare(touching, self.bucket(touching))] if touching else []
 
     def bucket(self, segments: Sequence[DeviceSegment]) -> Bucket:
         """The bucket of a step with at least one segment. Its rows may be anywhere."""
         identity = _identity(segments)
         if self._last is None or self._last[0] != identity:
-            spans = [self._span(segment, listed=False) for segment in segments]
-            self._last = (identity, bucket_of(spans, self.kinds, self._table))
+            tokens = [segment.stop - segment.start for segment in segments]
+            totals = [_ranked(segment).totals for segment in segments]
+            self._last = (identity, bucket_of(tokens, totals, self.kinds, self._table))
         return self._last[1]
 
     def prepare(self, segments: Sequence[DeviceSegment], bucket: Bucket) -> RankStep:
@@ -204,13 +212,10 @@ class RankStore:
         wanted = (_identity(segments), tuple(arena.lists.epoch for arena in self.arenas))
         if buffers.written != wanted:
             buffers.written = None  # should the upload fail
-            spans = [self._span(segment, listed=True) for segment in segments]
-            flat: list[int] = []
-            for number, kind in enumerate(self.kinds):
-                if bucket.touched[number]:
-                    for items in items_of(number, kind, spans, self.width, bucket):
-                        flat += items
-            self._upload(flat, buffers.items)
+            spans = [Span(segment.start, segment.stop, self._blocks(_ranked(segment))) for segment in segments]
+            touched = [(number, kind) for number, kind in enumerate(self.kinds) if bucket.touched[number]]
+            items = [part for number, kind in touched for part in items_of(number, kind, spans, bucket)]
+            self._upload(np.concatenate([part.reshape(-1) for part in items]), buffers.items)
             buffers.written = wanted
         coming = tuple(adapter for adapter in adapters if adapter.is_coming)
         return RankStep(bucket.form, buffers.works, self._places, coming)
@@ -263,23 +268,26 @@ class RankStore:
         for number, arena in enumerate(self.arenas):
             scattered = [rows for adapter in adapters if (rows := adapter.rows[number]) and rows.is_scattered]
             for place, rows in arena.lists.place(scattered):
-                self._upload(rows.listed(), arena.table[place : place + rows.count])
+                self._upload(np.array(rows.listed(), dtype=np.int32), arena.table[place : place + rows.count])
 
-    def _span(self, segment: DeviceSegment, *, listed: bool) -> Span:
-        """Of a segment; without the places of its rows where they are not listed yet."""
-        adapter = _ranked(segment)
-        blocks: list[Block | None] = []
-        for number, (ranks, offset) in enumerate(zip(adapter.ranks, adapter.offsets, strict=True)):
-            arena = self.layout.arena_of[number]
-            rows = adapter.rows[arena]
-            if rows is None or not any(ranks):
-                blocks.append(None)
-                continue
-            start = rows.runs[0][0]
-            if rows.is_scattered:
-                start = self.arenas[arena].lists.start_of(rows) if listed else 0
-            blocks.append(Block(start + offset, rows.is_scattered, ranks))
-        return Span(segment.start, segment.stop, tuple(blocks))
+    def _blocks(self, adapter: RankedAdapter) -> tuple[Block | None, ...]:
+        """Of an adapter whose rows are listed, where they are scattered."""
+        starts = tuple(
+            (arena.lists.start_of(rows) if rows.is_scattered else rows.runs[0][0]) if rows else 0
+            for arena, rows in zip(self.arenas, adapter.rows, strict=True)
+        )
+        if starts not in adapter.blocks:
+            adapter.blocks.clear()
+            adapter.blocks[starts] = tuple(self._block(adapter, number, starts) for number in range(len(self.kinds)))
+        return adapter.blocks[starts]
+
+    def _block(self, adapter: RankedAdapter, number: int, starts: tuple[int, ...]) -> Block | None:
+        arena = self.layout.arena_of[number]
+        rows = adapter.rows[arena]
+        if rows is None or not adapter.totals[number]:
+            return None
+        start = starts[arena] + adapter.offsets[number]
+        return Block(self.kinds[number], self.width, start, rows.is_scattered, adapter.ranks[number])
 
     def _make_buffers(self, bucket: Bucket) -> _Buffers:
         sizes: list[int] = []
@@ -307,8 +315,8 @@ class RankStore:
             self._planes[size] = torch.empty(size, dtype=torch.float32, device=self.device)
         return self._planes[size][:numbers].view(shape)
 
-    def _upload(self, numbers: list[int], to: torch.Tensor) -> None:
-        host = torch.tensor(numbers, dtype=torch.int32)
+    def _upload(self, numbers: Ints, to: torch.Tensor) -> None:
+        host = torch.from_numpy(numbers)
         to.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
 
 

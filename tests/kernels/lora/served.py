@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def read(base: Base, store: RankStore, adapter: TinyAdapter) -> RankedAdapter:
     return held
 
 
-def logits(base: Base, prompts: list[tuple[list[int], DeviceAdapter | None]]) -> list[torch.Tensor]:
+def logits(base: Base, prompts: Iterable[tuple[list[int], DeviceAdapter | None]]) -> list[torch.Tensor]:
     """Of the last token of each prompt, all in one step."""
+    prompts = list(prompts)
     sequences, block = [], 1
     for number, (prompt, adapter) in enumerate(prompts):
         digest = adapter.digest if adapter else ""

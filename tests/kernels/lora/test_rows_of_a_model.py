@@ -153,7 +153,12 @@ def test_the_same_step_again_uploads_nothing_and_a_larger_bucket_changes_nothing
     held = [read(base, store, make_adapter(folder("llama"), tmp_path, f"a{rank}", rank, ALL)) for rank in (3, 6)]
     uploads: list[int] = []
     upload = store._upload
-    monkeypatch.setattr(store, "_upload", lambda numbers, to: (uploads.append(len(numbers)), upload(numbers, to)))
+
+    def counted(numbers: Any, to: torch.Tensor) -> None:
+        uploads.append(len(numbers))
+        upload(numbers, to)
+
+    monkeypatch.setattr(store, "_upload", counted)
     segments = [DeviceSegment(0, 1, held[0]), DeviceSegment(1, 3, held[1])]
     (first,) = store.arrange(segments)
     (again,) = store.arrange(list(segments))
