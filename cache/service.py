@@ -155,7 +155,9 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     async def Prefetch(
         self, request: residency_pb2.PrefetchRequest, context: Context
     ) -> residency_pb2.PrefetchResponse:
-        self._manager.prefetch(request.digest, request.engine_id, request.traceparent)
+        self._manager.prefetch(
+            request.digest, request.engine_id, request.traceparent, request.tenant, request.waited_ms / 1000
+        )
         return residency_pb2.PrefetchResponse()
 
     async def AttachEngine(

@@ -452,29 +452,40 @@ Global___ArtifactUnavailable: _TypeAlias = ArtifactUnavailable  # noqa: Y015
 
 @_typing.final
 class PrefetchRequest(_message.Message):
-    """Asks for an adapter version to be brought to an engine's device."""
+    """Look-ahead: a request for an adapter version waits in a router's queue. The
+    version is brought to an engine's device, or kept there, until it is used, for
+    ten seconds at most unless it is asked for again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    WAITED_MS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The digest."""
     engine_id: _builtins.str
     """The engine; empty means any."""
     traceparent: _builtins.str
     """W3C trace context of the request that asks."""
+    tenant: _builtins.str
+    """The tenant of the request."""
+    waited_ms: _builtins.int
+    """How long the request has been waiting. Who waits longest comes first."""
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         engine_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        waited_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_id", b"engine_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_id", b"engine_id", "tenant", b"tenant", "traceparent", b"traceparent", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
