@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opentelemetry.trace import Span
@@ -79,12 +79,14 @@ class Expected:
         until: when it ends by itself, unless it is renewed.
         since: since when a request has waited for it.
         tenant: on whose behalf.
+        router_id: whose queue it stands in. Empty for one use, with which it ends.
     """
 
     traceparent: str
     until: float
     since: float
     tenant: str = ""
+    router_id: str = ""
 
 
 @dataclass
@@ -141,19 +143,21 @@ class Engine:
         self.wants.setdefault(digest)
 
     def expect(self, digest: str, expected: Expected) -> None:
-        """Notes or renews look-ahead; it ends with `expect_no_more`, when it is refused, or by itself."""
+        """One use is to come."""
         self.refused.pop(digest, None)
-        self.expected[digest] = expected
+        self.expected.setdefault(digest, expected)
 
-    def expect_no_more(self, digest: str) -> None:
-        """No request waits for it in a queue any more."""
-        self.expected.pop(digest, None)
+    def look_ahead(self, router_id: str, queue: Mapping[str, Expected]) -> None:
+        """Takes over what waits in a router's queue, in place of what waited there before."""
+        self.expected = {d: one for d, one in self.expected.items() if one.router_id != router_id} | dict(queue)
 
     def use(self, digests: frozenset[str], appraise: Appraise, now: float) -> None:
         """Takes over all the digests that sequences use or wait for."""
         for digest in digests - self.in_use:
             worth = appraise(self.key(digest))
             self.policy.used(digest, worth.size_bytes, worth.cost)
+            if self.place(digest) is DevicePlace.DEVICE:
+                self._has_come(digest)
         for digest in digests | self.in_use:
             if digest in self.device:
                 self.device[digest].last_used = now
@@ -181,8 +185,15 @@ class Engine:
         for digest, expected in list(self.expected.items()):
             if expected.until <= now:
                 del self.expected[digest]
+            elif self.place(digest) is DevicePlace.DEVICE and digest in self.in_use:
+                self._has_come(digest)
             elif expected.until == math.inf and self.place(digest) is DevicePlace.DEVICE:
                 self.expected[digest] = replace(expected, until=now + LOOK_AHEAD_SECONDS)
+
+    def _has_come(self, digest: str) -> None:
+        """The one use that was expected has come. What stands in a router's queue, its router takes out."""
+        if digest in self.expected and not self.expected[digest].router_id:
+            del self.expected[digest]
 
     def plan(self, pinned: Collection[str], appraise: Appraise) -> Plan:
         """What to load and to evict now: what sequences wait for, then what is pinned, then look-ahead."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -244,20 +244,28 @@ class Manager:
             engine.want(digest)
         self._wake.set()
 
-    def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str = "", waited: float = 0.0) -> None:
-        """A router's look-ahead: a version will be used on an engine, or the one with most room when none is named.
-
-        `waited` is for how many seconds a request has been waiting for it.
-        """
+    def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
+        """Brings a version to an engine, or to the one with most room when none is named."""
         if digest not in self.view.digests:
             raise VersionNotFound(digest)
         engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
         if engine is not None:
             now = time.monotonic()
-            engine.expect(digest, Expected(traceparent, now + LOOK_AHEAD_SECONDS, now - waited, tenant))
+            engine.expect(digest, Expected(traceparent, now + LOOK_AHEAD_SECONDS, now, tenant))
         elif self.link.base is not None:
             # No engine yet: half of the way is what can be done.
             self.shelf.wish(ArtifactKey(digest, self.link.base.dtype), traceparent)
+        self._wake.set()
+
+    def look_ahead(self, router_id: str, queue: Iterable[tuple[str, str, Expected]]) -> None:
+        """What waits in a router's queue: digest, engine_id or "", and for whom."""
+        of_engine: defaultdict[str, dict[str, Expected]] = defaultdict(dict)
+        for digest, engine_id, expected in queue:
+            engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
+            if engine is not None and digest in self.view.digests:
+                of_engine[engine.engine_id][digest] = expected
+        for engine in self.engines.values():
+            engine.look_ahead(router_id, of_engine[engine.engine_id])
         self._wake.set()
 
     def _roomiest(self, digest: str) -> Engine | None:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 # For so many of the look-ahead room is made, so that the next loads are under way before they are waited for. More would
 # evict before it is known what else is asked for; and what fits without an eviction is loaded anyway.
-EAGER = 4
+EAGER = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def plan(
     A wanted artifact that does not fit beside the leases and what is needed sooner does not stop smaller ones behind it.
     """
     here = {resident.digest: resident for resident in residents}
-    needs = list({want.digest: want for want in wanted}.values())
+    needs = _without_repeats(wanted)
     near = _horizon(here, needs, budget_bytes)
     room = _Room(budget_bytes - sum(resident.size_bytes for resident in residents), here, needs, near)
     loads: list[str] = []
@@ -126,6 +126,13 @@ def plan(
         if want.digest in near and ahead <= EAGER:
             room.make(want.size_bytes, policy, budget_bytes * tenant_share)
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
+
+
+def _without_repeats(wanted: Sequence[Wanted]) -> list[Wanted]:
+    first: dict[str, Wanted] = {}
+    for want in wanted:
+        first.setdefault(want.digest, want)
+    return list(first.values())
 
 
 def _horizon(here: dict[str, Resident], needs: Sequence[Wanted], budget_bytes: int) -> set[str]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 HALF_LIVES = (32.0, 256.0, 2048.0)
 # With this chance per use the best memory changes.
 SHARE = 0.005
+# A memory is judged as if it gave this part of the chance to all alike. Without it, the tail that a short memory has all but
+# forgotten would decide, which no policy keeps anyway.
+EVEN = 0.5
 # A count below this is as good as none, and forgotten.
 FORGOTTEN = 2.0**-10
 # How often what is forgotten is looked for, in uses.
@@ -68,9 +71,9 @@ class Popularity:
 
     def _judge(self, values: list[float]) -> None:
         """Weighs the memories by the chance each had given to what has come."""
-        told = [
-            weight * (value / total) for weight, value, total in zip(self._weights, values, self._totals, strict=True)
-        ]
+        chances = [value / total for value, total in zip(values, self._totals, strict=True)]
+        floor = EVEN / len(self._counts)
+        told = [weight * ((1 - EVEN) * chance + floor) for weight, chance in zip(self._weights, chances, strict=True)]
         total = sum(told) or 1.0
         even = SHARE / len(told)
         self._weights = [(1.0 - SHARE) * weight / total + even for weight in told]

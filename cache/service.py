@@ -155,10 +155,16 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     async def Prefetch(
         self, request: residency_pb2.PrefetchRequest, context: Context
     ) -> residency_pb2.PrefetchResponse:
-        self._manager.prefetch(
-            request.digest, request.engine_id, request.traceparent, request.tenant, request.waited_ms / 1000
-        )
+        self._manager.prefetch(request.digest, request.engine_id, request.traceparent, request.tenant)
         return residency_pb2.PrefetchResponse()
+
+    async def LookAhead(
+        self, request: residency_pb2.LookAheadRequest, context: Context
+    ) -> residency_pb2.LookAheadResponse:
+        if not request.router_id:
+            raise InvalidField("router_id", "must be set", "MISSING")
+        self._manager.look_ahead(request.router_id, queue_from(request, time.monotonic()))
+        return residency_pb2.LookAheadResponse()
 
     async def AttachEngine(
         self, request_iterator: AsyncIterator[residency_pb2.AttachEngineRequest], context: Context

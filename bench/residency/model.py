@@ -85,6 +85,7 @@ class Node:
             else:
                 self._arrive(arrivals.popleft())
             self._seat()
+            self._look()
             self._plan()
         return Outcome(
             self._moved,
@@ -100,16 +101,14 @@ class Node:
     def _arrive(self, request: Request) -> None:
         self._queue.append(request)
         self._queued[request.digest].append(request)
-        self._look(request.digest)
 
-    def _look(self, digest: str) -> None:
-        """What a router says of an adapter when its queue changes."""
-        if not self._look_ahead:
-            return
-        if waiting := self._queued[digest]:
-            self._engine.expect(digest, Expected("", FOREVER, waiting[0].at, waiting[0].tenant))
-        else:
-            self._engine.expect_no_more(digest)
+    def _look(self) -> None:
+        """What a router says of its queue."""
+        if self._look_ahead:
+            queue = {digest: waiting[0] for digest, waiting in self._queued.items() if waiting}
+            self._engine.look_ahead(
+                "router", {digest: Expected("", FOREVER, one.at, one.tenant, "router") for digest, one in queue.items()}
+            )
 
     def _seat(self) -> None:
         """Gives free places to the queue, starts those in front whose adapter is there, says what is in use."""
@@ -122,7 +121,6 @@ class Node:
             if not there:
                 self._engine.want(request.digest)
             self._queued[request.digest].popleft()
-            self._look(request.digest)
             self._ahead.append(sum(map(bool, self._queued.values())))
         while self._seated and self._engine.place(self._seated[0][0].digest) is DevicePlace.DEVICE:
             request, since = self._seated.popleft()

@@ -23,6 +23,7 @@ MIB = 1 << 20
 BYTES_PER_RANK = int(2.6 * MIB)
 RANKS = (8, 16, 32, 64)
 ADAPTERS = 200
+TIER_BYTES = 4 << 30
 Picker = Callable[[random.Random, int], Iterator[int]]
 
 
@@ -43,6 +44,11 @@ class Trace:
     name: str
     requests: list[Request]
     sizes: dict[str, int]
+
+    @property
+    def tier_bytes(self) -> int:
+        """The device's room for adapters: TIER_BYTES, and where that would hold nearly all of them, half of them."""
+        return max(min(TIER_BYTES, sum(self.sizes.values()) // 2), 2 * BYTES_PER_RANK * max(RANKS))
 
 
 def _power(alpha: float) -> Picker:

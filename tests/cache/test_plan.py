@@ -145,6 +145,9 @@ def test_room_is_made_for_the_next_of_the_look_ahead_only() -> None:
 def test_a_wish_repeated_counts_once_where_it_was_first() -> None:
     decided = plan([], [Wanted("a", 5), Wanted("b", 5), Wanted("a", 5)], 10, Lru())
     assert decided.loads == ("a", "b")
+    # A sequence waits for it, whatever else waits for it too
+    behind = [Wanted(f"w{n}", 1) for n in range(9)]
+    assert plan([], [Wanted("a", 5, urgent=True), *behind, Wanted("a", 5)], 10, Lru()).loads[0] == "a"
 
 
 def test_room_being_made_is_not_taken_by_those_behind() -> None:
