@@ -21,7 +21,7 @@ from cache.manager import Manager
 from cache.registry import AdapterRecord
 from cache.sources import scheme_of
 from cache.watchers import Event
-from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from
+from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from, queue_from
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from servicekit.errors import Code, InvalidField, RemoteError
