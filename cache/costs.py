@@ -1,4 +1,7 @@
-"""What it takes to bring an artifact back, by where it would then live. Orders of magnitude: policies compare, they do not promise."""
+"""What it takes to bring an artifact back, by where it would then live.
+
+Orders of magnitude: policies compare, they do not promise.
+"""
 
 from __future__ import annotations
 

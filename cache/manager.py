@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator

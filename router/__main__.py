@@ -17,8 +17,8 @@ from router.cache_link import CacheLink
 from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
 from router.fleet import Fleet
-from router.look_ahead import LookAhead
 from router.flows import Tariff
+from router.look_ahead import LookAhead
 from router.service import GenerationServicer
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested

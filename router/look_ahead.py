@@ -1,4 +1,4 @@
-"""Tells the cache what waits in the queue: adapters that will be needed soon are kept on devices, and the next ones brought there."""
+"""Tells the cache what waits in the queue: what will be needed soon is kept on devices, and the next is brought there."""
 
 from __future__ import annotations
 

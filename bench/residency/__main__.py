@@ -76,8 +76,12 @@ def _relative(results: list[Result]) -> dict[str, float]:
 
 
 def _print_moved(results: dict[str, list[Result]]) -> None:
-    print("Bytes moved. Others: what has a place is leased, the queue is not known. In brackets: the same plan and look-ahead.\n")
-    print(f"| trace | in the queue | bound GiB | ours / bound | {' | '.join(OTHERS)} | ours / best | ours, no look-ahead |")
+    print(
+        "Bytes moved. Others: what has a place is leased, the queue is not known. In brackets: the same plan and look-ahead.\n"
+    )
+    print(
+        f"| trace | in the queue | bound GiB | ours / bound | {' | '.join(OTHERS)} | ours / best | ours, no look-ahead |"
+    )
     print("|---" * (6 + len(OTHERS)) + "|")
     for name, each in results.items():
         bound = statistics.fmean(result.bound for result in each)

@@ -3,8 +3,8 @@
 With different sizes the best policy is hard to find (NP), but what it cannot go below is a linear programme: FOO of Berger,
 Beckmann, Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object Sizes", SIGMETRICS 2018. Between two
 requests for the same adapter it is either kept, as a whole or (in the bound only) in part, or loaded again. While request t
-starts, its own adapter takes its room and what is kept across t must fit beside it. The bound knows the whole future and no leases,
-so it is lower than what a server can reach that must not evict what runs.
+starts, its own adapter takes its room and what is kept across t must fit beside it. The bound knows the whole future and no
+leases, so it is lower than what a server can reach that must not evict what runs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 The engine has PLACES places. Requests take them in the order they came and start in that order, each once its adapter is on the
 device; then it holds place and adapter for its tokens. That order makes what is moved comparable between policies, and with a
 bound that knows the order; a real engine lets those with their adapter there go first. The link moves one adapter at a time.
+A place is given only when the adapters of all who have one fit on the device together.
 
 What has a place, running or not, is leased: no server evicts it. With look-ahead the plan also knows the queue behind the
 places, as it does from the routers; without, it sees a request when it has taken a place, which is what vLLM and SGLang do.
@@ -112,7 +113,8 @@ class Node:
 
     def _seat(self) -> None:
         """Gives free places to the queue, starts those in front whose adapter is there, says what is in use."""
-        while self._queue and len(self._seated) + len(self._running) < PLACES:
+        self._use()
+        while self._queue and len(self._seated) + len(self._running) < PLACES and self._fits(self._queue[0].digest):
             request = self._queue.popleft()
             there = self._engine.place(request.digest) is DevicePlace.DEVICE
             self._hits += there
@@ -129,6 +131,11 @@ class Node:
                 self._running, (self._now + request.tokens * TOKEN_SECONDS, len(self._waits), request.digest)
             )
         self._use()
+
+    def _fits(self, digest: str) -> bool:
+        """Whether the adapters of all who have a place, and this one, fit together."""
+        together = self._engine.in_use | {digest}
+        return sum(self._trace.sizes[digest] for digest in together) <= self._engine.budget_bytes
 
     def _use(self) -> None:
         in_use = Counter(request.digest for request, _ in self._seated) + Counter(d for _, _, d in self._running)

@@ -1,7 +1,7 @@
 """The trace suite: who asks for which adapter when. Every trace is made from a seed, so anyone can make it again.
 
-`slora-A` S-LoRA's generator with power-law exponent A (1 is uniform, smaller is more skewed): the adapter is n * x**(1/A) with x
-uniform, arrivals are a Gamma process with coefficient of variation 1. Sheng et al., MLSys 2024.
+`slora-A` S-LoRA's generator with power-law exponent A (1 is uniform, smaller is more skewed): the adapter is n * x**(1/A)
+with x uniform, arrivals are a Gamma process with coefficient of variation 1. Sheng et al., MLSys 2024.
 `zipf-S` the adapter of popularity rank k has weight k**-S.
 `punica-*` the four popularities of Punica: distinct, every request has an adapter of its own; uniform, over sqrt(requests)
 adapters; skewed, each 1.5 times as popular as the next; identical. Chen et al., MLSys 2024.
@@ -136,7 +136,7 @@ PICKERS: Mapping[str, Picker] = {
 def make(name: str, seed: int, count: int, per_second: float) -> Trace:
     """A trace of so many requests, so many per second on average, with 32 to 224 tokens to answer."""
     rng = random.Random(f"{name} {seed}")
-    # S-LoRA numbers adapters by popularity; ranks are dealt anew, so that size and popularity have nothing to do with each other.
+    # Ranks are dealt at random, so that size and popularity have nothing to do with each other.
     numbers = list(PICKERS[name](rng, count))
     digests = {number: f"a{number}" for number in sorted(set(numbers))}
     sizes = {digest: rng.choice(RANKS) * BYTES_PER_RANK for digest in digests.values()}

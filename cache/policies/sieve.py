@@ -8,7 +8,7 @@ from cache.plan import Resident
 
 
 class Sieve:
-    """The hand moves from the oldest to the newest; who was used since it last came by loses the bit and stays, who was not goes.
+    """The hand moves from the oldest to the newest: who was used since it came by loses the bit and stays, who was not goes.
 
     Zhang, Yang, Yue, Vigfusson, Rashmi, "SIEVE is Simpler than LRU", NSDI 2024.
     """

@@ -1,4 +1,4 @@
-"""Look-ahead over the wire: queued adapters stay on the device, leases end, tenants keep to their share, one cold adapter loads once."""
+"""Look-ahead over the wire: queued adapters stay, leases end, tenants keep to their share, one cold adapter loads once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue is the cache's look-ahead: what waits is said, who has waited longest first, and what waits no more is taken back."""
+"""The queue is the cache's look-ahead: what waits is said, who has waited longest first, and taken back when it is over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ async def test_the_cache_hears_what_waits_and_what_waits_no_more(monkeypatch: py
         # Given one request that runs and others behind it, all with adapters that are on the device
         calls = []
         for text, name in (("a", "warm"), ("b", "other"), ("c", "third"), ("d", "other"), ("e", "")):
-            calls.append(r.generation.Generate(request(text, name), metadata=(("x-loraplex-tenant", text),), timeout=20))
+            calls.append(
+                r.generation.Generate(request(text, name), metadata=(("x-loraplex-tenant", text),), timeout=20)
+            )
             await until(lambda: len(engine.submitted) + r.router.dispatcher.queued == len(calls))
         expected = [("digest-other", "b"), ("digest-third", "c")]
         await until(lambda: heard(r.cache.look_aheads) == expected)
