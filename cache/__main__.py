@@ -51,6 +51,8 @@ async def main() -> None:
         FileTier("disk", Path(settings.data_dir) / "artifacts", settings.disk_mib * MIB),
         FileTier("host", settings.host_tier_folder(node_id), settings.host_mib * MIB),
         node_id,
+        policy=settings.policy,
+        tenant_share=settings.tenant_share,
     )
     adapters = Adapters(manager)
     server = Server()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from cache.artifact import Artifact, BaseDescription
-from cache.engines import Engine, Evict
+from cache.engines import Engine, Evict, Expected
 from cache.errors import AdapterNotFound, BaseMismatch, BaseUnknown, DigestMismatch, NoEngine, RegistryUnreachable
 from cache.manager import Manager
 from cache.registry import AdapterRecord
@@ -154,7 +155,7 @@ class Adapters:
             raise NoEngine
         self._shelf.forgive(digest)
         for engine in engines:
-            engine.want(digest, "", math.inf)
+            engine.expect(digest, Expected("", until=math.inf, since=time.monotonic()))
         self._manager.wake()
         await self._manager.wait_for(lambda: all(self._is_settled(engine, digest) for engine in engines))
         for engine in engines:
@@ -166,4 +167,4 @@ class Adapters:
     def _is_settled(self, engine: Engine, digest: str) -> bool:
         """Whether an engine has a version on its device, or will not get it."""
         there = engine.place(digest) is DevicePlace.DEVICE
-        return there or digest not in engine.wants or self._manager.engines.get(engine.engine_id) is not engine
+        return there or digest not in engine.expected or self._manager.engines.get(engine.engine_id) is not engine

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.policies import POLICIES
 from servicekit.settings import setting
 
 
@@ -24,6 +25,8 @@ class Settings:
     disk_mib: int = setting(16384, "Room for artifacts on disk.")
     host_mib: int = setting(4096, "Room for artifacts in shared memory.")
     max_adapter_mib: int = setting(2048, "Largest adapter file to read.")
+    policy: str = setting("value", f"How a device gives adapters up: {', '.join(POLICIES)}.")
+    tenant_share: float = setting(1.0, "Part of a device above which a tenant gives up its own adapters first.")
     metrics_listen: str = setting("", "Address to serve Prometheus metrics on; empty serves none.")
 
     def __post_init__(self) -> None:
@@ -33,6 +36,10 @@ class Settings:
         # It becomes part of a folder's name, and of names in Redis.
         if not re.fullmatch(r"[A-Za-z0-9._-]{0,128}", self.node_id) or self.node_id in (".", ".."):
             raise ValueError(f"node_id {self.node_id!r} may have letters, digits, '.', '_' and '-' only")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+        if not 0 < self.tenant_share <= 1:
+            raise ValueError(f"tenant_share {self.tenant_share} is not above 0 and at most 1")
         if not self.data_dir:
             raise ValueError("no folder for the disk tier is set (--data-dir)")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from opentelemetry.trace import Span
 
 from cache.artifact import BaseDescription
-from cache.residency import DeviceMove, DevicePlace, EvictionPolicy, Plan, Resident, Wanted, device_moved, plan
+from cache.plan import Plan, Policy, Resident, Wanted, plan
+from cache.policies import Value
+from cache.residency import DeviceMove, DevicePlace, device_moved
 from cache.tiers import ArtifactKey
 from servicekit.errors import ServiceError
 from servicekit.tracing import end_span
@@ -47,32 +50,43 @@ class Refuse:
 Command = Load | Evict | Refuse
 
 
+@dataclass(frozen=True)
+class Worth:
+    """What an artifact takes on a device, and the seconds it takes to bring it there from where it lives on the node."""
+
+    size_bytes: int
+    cost: float
+
+
+Appraise = Callable[[ArtifactKey], Worth]
+
+
 @dataclass
 class OnDevice:
-    """One artifact on one engine.
-
-    Attributes:
-        expected_until: it was loaded ahead of a sequence that has not come yet; kept for it until then.
-    """
+    """One artifact on one engine; `tenant` is on whose behalf it was loaded."""
 
     place: DevicePlace
     size_bytes: int
     last_used: float
-    expected_until: float = 0.0
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
-class Want:
-    """A digest that should come to the device.
+class Expected:
+    """A digest that will be needed on the device: a lease on room there, in the order of who has waited longest.
 
     Attributes:
-        urgent: a sequence waits for it. Otherwise it is look-ahead.
-        until: when it ends by itself.
+        until: when it ends by itself, unless it is renewed.
+        since: since when a request has waited for it.
+        tenant: on whose behalf.
+        router_id: whose queue it stands in. Empty for one use, with which it ends.
     """
 
     traceparent: str
-    urgent: bool
     until: float
+    since: float
+    tenant: str = ""
+    router_id: str = ""
 
 
 @dataclass
@@ -81,7 +95,8 @@ class Engine:
 
     Attributes:
         commands: what the engine is to be told next; None ends its stream.
-        wants: digests that should come to the device, in the order they were asked for.
+        wants: digests that sequences wait for, in the order they were asked for.
+        expected: the look-ahead: digests that requests wait for in routers' queues, on the device or not.
         refused: why the last want of a digest was given up; until it is wanted again.
         load_spans: the span of each load under way, below the request that asked for it.
     """
@@ -91,10 +106,13 @@ class Engine:
     budget_bytes: int
     commands: asyncio.Queue[Command | None] = field(default_factory=asyncio.Queue)
     device: dict[str, OnDevice] = field(default_factory=dict)
-    wants: dict[str, Want] = field(default_factory=dict)
+    wants: dict[str, None] = field(default_factory=dict)
+    expected: dict[str, Expected] = field(default_factory=dict)
     refused: dict[str, ServiceError] = field(default_factory=dict)
     in_use: frozenset[str] = frozenset()
     load_spans: dict[str, Span] = field(default_factory=dict)
+    policy: Policy = field(default_factory=Value)
+    tenant_share: float = 1.0
 
     def key(self, digest: str) -> ArtifactKey:
         """The artifact of a version that this engine loads."""
@@ -110,38 +128,49 @@ class Engine:
         place = device_moved(self.place(digest), move)
         if place is DevicePlace.ABSENT:
             del self.device[digest]
+            self.policy.left(digest)
         elif digest in self.device:
             self.device[digest].place = place
             self.device[digest].size_bytes = size_bytes or self.device[digest].size_bytes
         else:
-            self.device[digest] = OnDevice(place, size_bytes, now)
+            expected = self.expected.get(digest)
+            self.device[digest] = OnDevice(place, size_bytes, now, expected.tenant if expected else "")
+            self.policy.entered(digest, size_bytes)
 
-    def want(self, digest: str, traceparent: str, until: float, urgent: bool = False) -> None:
-        """Notes a wish; an urgent one also ends when `use` no longer names the digest."""
+    def want(self, digest: str) -> None:
+        """A sequence waits for this one; until it is there, is refused, or `use` does not name it any more."""
         self.refused.pop(digest, None)
-        if digest in self.device and self.device[digest].place is DevicePlace.DEVICE and not urgent:
-            self.device[digest].expected_until = max(self.device[digest].expected_until, until)
-            return
-        before = self.wants.get(digest)
-        if before is not None:
-            traceparent, urgent = before.traceparent or traceparent, before.urgent or urgent
-            until = max(before.until, until)
-        self.wants[digest] = Want(traceparent, urgent, until)
+        self.wants.setdefault(digest)
 
-    def use(self, digests: frozenset[str], now: float) -> None:
+    def expect(self, digest: str, expected: Expected) -> None:
+        """One use is to come."""
+        self.refused.pop(digest, None)
+        self.expected.setdefault(digest, expected)
+
+    def look_ahead(self, router_id: str, queue: Mapping[str, Expected]) -> None:
+        """Takes over what waits in a router's queue, in place of what waited there before."""
+        self.expected = {d: one for d, one in self.expected.items() if one.router_id != router_id} | dict(queue)
+
+    def use(self, digests: frozenset[str], appraise: Appraise, now: float) -> None:
         """Takes over all the digests that sequences use or wait for."""
+        for digest in digests - self.in_use:
+            worth = appraise(self.key(digest))
+            self.policy.used(digest, worth.size_bytes, worth.cost)
+            if self.place(digest) is DevicePlace.DEVICE:
+                self._has_come(digest)
         for digest in digests | self.in_use:
             if digest in self.device:
                 self.device[digest].last_used = now
-                self.device[digest].expected_until = 0.0
         # A sequence that waited and went away wants nothing any more.
-        for digest in [digest for digest, want in self.wants.items() if want.urgent and digest not in digests]:
-            del self.wants[digest]
+        self.wants = {digest: None for digest in self.wants if digest in digests}
         self.in_use = digests
 
     def refuse(self, digest: str, error: ServiceError) -> None:
         """Gives a want up, and tells the engine why."""
         self.wants.pop(digest, None)
+        self.expected.pop(digest, None)
+        if digest not in self.device:
+            self.policy.left(digest)
         self.refused[digest] = error
         self.commands.put_nowait(Refuse(digest, error))
 
@@ -151,41 +180,49 @@ class Engine:
             end_span(span, error)
 
     def settle(self, now: float) -> None:
-        """Forgets wants that are fulfilled or have ended."""
-        for digest, want in list(self.wants.items()):
-            entry = self.device.get(digest)
-            if entry is not None and entry.place is DevicePlace.DEVICE:
-                entry.expected_until = 0.0 if want.urgent else min(want.until, now + LOOK_AHEAD_SECONDS)
-                del self.wants[digest]
-            elif want.until <= now:
-                del self.wants[digest]
+        """Forgets what is fulfilled or has ended. What was asked for without end is kept a while for who will use it."""
+        self.wants = {digest: None for digest in self.wants if self.place(digest) is not DevicePlace.DEVICE}
+        for digest, expected in list(self.expected.items()):
+            if expected.until <= now:
+                del self.expected[digest]
+            elif self.place(digest) is DevicePlace.DEVICE and digest in self.in_use:
+                self._has_come(digest)
+            elif expected.until == math.inf and self.place(digest) is DevicePlace.DEVICE:
+                self.expected[digest] = replace(expected, until=now + LOOK_AHEAD_SECONDS)
 
-    def plan(
-        self, pinned: Collection[str], size_of: Callable[[ArtifactKey], int], policy: EvictionPolicy, now: float
-    ) -> Plan:
+    def _has_come(self, digest: str) -> None:
+        """The one use that was expected has come. What stands in a router's queue, its router takes out."""
+        if digest in self.expected and not self.expected[digest].router_id:
+            del self.expected[digest]
+
+    def plan(self, pinned: Collection[str], appraise: Appraise) -> Plan:
         """What to load and to evict now: what sequences wait for, then what is pinned, then look-ahead."""
-        urgent = [digest for digest, want in self.wants.items() if want.urgent]
-        ahead = [digest for digest, want in self.wants.items() if not want.urgent]
-        wanted = [Wanted(digest, size_of(self.key(digest)), urgent=True) for digest in urgent]
-        wanted += [Wanted(digest, size_of(self.key(digest))) for digest in [*sorted(pinned), *ahead]]
-        return plan(self._residents(pinned, now), wanted, self.budget_bytes, policy)
+        urgent = list(self.wants)
+        ahead = sorted(self.expected, key=lambda digest: self.expected[digest].since)
+        sizes = {digest: appraise(self.key(digest)).size_bytes for digest in (*urgent, *pinned, *ahead)}
+        wanted = [Wanted(digest, sizes[digest], urgent=True) for digest in (*urgent, *sorted(pinned))]
+        wanted += [Wanted(digest, sizes[digest]) for digest in ahead]
+        residents = self._residents(pinned, appraise)
+        return plan(residents, wanted, self.budget_bytes, self.policy, tenant_share=self.tenant_share)
 
-    def _residents(self, pinned: Collection[str], now: float) -> list[Resident]:
+    def _residents(self, pinned: Collection[str], appraise: Appraise) -> list[Resident]:
         return [
             Resident(
                 digest,
                 entry.size_bytes,
                 entry.last_used,
-                kept=digest in self.in_use or digest in pinned or entry.place is not DevicePlace.DEVICE,
-                expected=entry.expected_until > now,
+                kept=digest in self.in_use or digest in pinned or entry.place is DevicePlace.LOADING,
+                leaving=entry.place is DevicePlace.EVICTING and digest not in self.in_use,
+                cost=appraise(self.key(digest)).cost,
+                tenant=entry.tenant,
             )
             for digest, entry in self.device.items()
         ]
 
-    def describe(self, digests: Iterable[str], size_of: Callable[[ArtifactKey], int], now: float) -> None:
+    def describe(self, digests: Iterable[str], appraise: Appraise, now: float) -> None:
         """Takes over what the engine says is on its device."""
         for digest in digests:
-            self.move(digest, DeviceMove.REPORTED, size_of(self.key(digest)), now)
+            self.move(digest, DeviceMove.REPORTED, appraise(self.key(digest)).size_bytes, now)
 
     @property
     def free_bytes(self) -> int:

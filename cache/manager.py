@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +18,13 @@ from typing import Any
 from cache import metrics
 from cache.artifact import BaseDescription
 from cache.builder import Builder
-from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Load
+from cache.costs import cost_to_device
+from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Expected, Load, Worth
 from cache.errors import AdapterTooLarge, BaseMismatch, EngineAttached, RankTooLarge, VersionNotFound
+from cache.policies import POLICIES, Value
 from cache.registry import Registry
 from cache.registry_link import NodeReport, RegistryLink
-from cache.residency import DeviceMove, DevicePlace, LeastRecentlyUsed, Place
+from cache.residency import DeviceMove, DevicePlace, Place
 from cache.shelf import ON_DISK, Origin, Shelf
 from cache.sources import Source
 from cache.tiers import ArtifactKey, FileTier
@@ -37,6 +38,10 @@ _log = logging.getLogger(__name__)
 class Manager:
     """See the module. Its methods are called on the event loop.
 
+    Args:
+        policy: the one of POLICIES by which devices give adapters up.
+        tenant_share: the part of a device above which a tenant gives up its own adapters first.
+
     Attributes:
         view: the local view of the registry.
         link: what keeps it right.
@@ -44,14 +49,25 @@ class Manager:
         engines: the engines attached, by id.
     """
 
-    def __init__(self, registry: Registry, source: Source, disk: FileTier, host: FileTier, node_id: str) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        source: Source,
+        disk: FileTier,
+        host: FileTier,
+        node_id: str,
+        *,
+        policy: str = "value",
+        tenant_share: float = 1.0,
+    ) -> None:
         self.node_id = node_id
         self.view = View()
         self.link = RegistryLink(registry, self.view, node_id, self._report, self.wake)
         self.builder = Builder(source)
         self.shelf = Shelf(self.builder, disk, host, self._origin_of, self._announce)
         self.engines: dict[str, Engine] = {}
-        self._policy = LeastRecentlyUsed()
+        self._device_policy, self._tenant_share = POLICIES[policy], tenant_share
+        self._host_policy = Value()
         self._protected: Counter[str] = Counter()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -89,7 +105,7 @@ class Manager:
                 now = time.monotonic()
                 for engine in self.engines.values():
                     self._advance(engine, now)
-                self.shelf.advance(self._needed_on_host(), self._policy)
+                self.shelf.advance(self._needed_on_host(), self._host_policy)
                 self._collect_garbage()
                 self._measure()
             except Exception:  # noqa: BLE001 - the loop must outlive a bug in one plan
@@ -100,18 +116,21 @@ class Manager:
     def _advance(self, engine: Engine, now: float) -> None:
         """Carries out what the plan for one engine's device says."""
         engine.settle(now)
-        for digest in list(engine.wants):
+        for digest in {*engine.wants, *engine.expected}:
             if (error := self._obstacle(engine, digest)) is not None:
                 engine.refuse(digest, error)
         pinned = {record.digest for record in self.view.records.values() if record.pinned}
         pinned = {digest for digest in pinned if self._obstacle(engine, digest) is None}
-        decided = engine.plan(pinned, self._size_of, self._policy, now)
+        decided = engine.plan(pinned, self._appraise)
         for digest in decided.hopeless:
-            if digest in engine.wants:
-                engine.refuse(digest, AdapterTooLarge("device", self._size_of(engine.key(digest)), engine.budget_bytes))
+            if digest in engine.wants or digest in engine.expected:
+                engine.refuse(
+                    digest,
+                    AdapterTooLarge("device", self._appraise(engine.key(digest)).size_bytes, engine.budget_bytes),
+                )
         for digest in decided.loads:
-            want = engine.wants.get(digest)
-            self._load(engine, digest, want.traceparent if want else "", now)
+            expected = engine.expected.get(digest)
+            self._load(engine, digest, expected.traceparent if expected else "", now)
         for digest in decided.evictions:
             self._evict(engine, digest)
 
@@ -152,6 +171,7 @@ class Manager:
             for engine in self.engines.values()
             for digest in (
                 *engine.wants,
+                *engine.expected,
                 *(d for d, entry in engine.device.items() if entry.place is DevicePlace.LOADING),
             )
         }
@@ -178,8 +198,9 @@ class Manager:
         self.view.residency_changed(digests)
         self._wake.set()
 
-    def _size_of(self, key: ArtifactKey) -> int:
-        return self.shelf.size(key) or next((r.size_bytes for r in self.view.with_digest(key.digest)), 0)
+    def _appraise(self, key: ArtifactKey) -> Worth:
+        size = self.shelf.size(key) or next((r.size_bytes for r in self.view.with_digest(key.digest)), 0)
+        return Worth(size, cost_to_device(self.shelf.place(key), size))
 
     def _origin_of(self, digest: str) -> Origin | None:
         records = self.view.with_digest(digest)
@@ -192,7 +213,8 @@ class Manager:
         await self.describe_base(engine.base)
         if engine.engine_id in self.engines:
             raise EngineAttached(engine.engine_id)
-        engine.describe(resident, self._size_of, time.monotonic())
+        engine.policy, engine.tenant_share = self._device_policy(engine.budget_bytes), self._tenant_share
+        engine.describe(resident, self._appraise, time.monotonic())
         self.engines[engine.engine_id] = engine
         _log.info("engine %s attached with %d adapters on its device", engine.engine_id, len(engine.device))
         self._announce(*engine.device)
@@ -218,25 +240,37 @@ class Manager:
     def want(self, engine: Engine, digests: Iterable[str]) -> None:
         """Sequences of an engine wait for these, the first most."""
         for digest in digests:
-            engine.want(digest, "", math.inf, urgent=True)
+            engine.want(digest)
         self._wake.set()
 
-    def prefetch(self, digest: str, engine_id: str, traceparent: str) -> None:
-        """A router's look-ahead: brings a version to an engine, or to the one with most room when none is named."""
+    def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
+        """Brings a version to an engine, or to the one with most room when none is named."""
         if digest not in self.view.digests:
             raise VersionNotFound(digest)
         engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
         if engine is not None:
-            engine.want(digest, traceparent, time.monotonic() + LOOK_AHEAD_SECONDS)
+            now = time.monotonic()
+            engine.expect(digest, Expected(traceparent, now + LOOK_AHEAD_SECONDS, now, tenant))
         elif self.link.base is not None:
             # No engine yet: half of the way is what can be done.
             self.shelf.wish(ArtifactKey(digest, self.link.base.dtype), traceparent)
         self._wake.set()
 
+    def look_ahead(self, router_id: str, queue: Iterable[tuple[str, str, Expected]]) -> None:
+        """What waits in a router's queue: digest, engine_id or "", and for whom."""
+        of_engine: defaultdict[str, dict[str, Expected]] = defaultdict(dict)
+        for digest, engine_id, expected in queue:
+            engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
+            if engine is not None and digest in self.view.digests:
+                of_engine[engine.engine_id][digest] = expected
+        for engine in self.engines.values():
+            engine.look_ahead(router_id, of_engine[engine.engine_id])
+        self._wake.set()
+
     def _roomiest(self, digest: str) -> Engine | None:
         """The engine that has a version or waits for it, else the one with most free room."""
         engines = list(self.engines.values())
-        at_it = [engine for engine in engines if digest in engine.device or digest in engine.wants]
+        at_it = [engine for engine in engines if digest in engine.device or digest in engine.expected]
         return next(iter(at_it), None) or max(engines, key=lambda engine: engine.free_bytes, default=None)
 
     def loaded(self, engine: Engine, digest: str, device_bytes: int) -> None:
@@ -271,7 +305,9 @@ class Manager:
     def in_use(self, engine: Engine, digests: frozenset[str]) -> None:
         """All the digests that an engine's sequences use or wait for."""
         ended = engine.in_use - digests
-        engine.use(digests, time.monotonic())
+        for digest in digests - engine.in_use:
+            self._host_policy.used(engine.key(digest).name, 0, 0.0)
+        engine.use(digests, self._appraise, time.monotonic())
         for digest in digests:
             self.shelf.touch(engine.key(digest))
         if any(record.state == "draining" for digest in ended for record in self.view.with_digest(digest)):

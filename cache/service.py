@@ -21,7 +21,7 @@ from cache.manager import Manager
 from cache.registry import AdapterRecord
 from cache.sources import scheme_of
 from cache.watchers import Event
-from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from
+from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from, queue_from
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from servicekit.errors import Code, InvalidField, RemoteError
@@ -155,8 +155,16 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     async def Prefetch(
         self, request: residency_pb2.PrefetchRequest, context: Context
     ) -> residency_pb2.PrefetchResponse:
-        self._manager.prefetch(request.digest, request.engine_id, request.traceparent)
+        self._manager.prefetch(request.digest, request.engine_id, request.traceparent, request.tenant)
         return residency_pb2.PrefetchResponse()
+
+    async def LookAhead(
+        self, request: residency_pb2.LookAheadRequest, context: Context
+    ) -> residency_pb2.LookAheadResponse:
+        if not request.router_id:
+            raise InvalidField("router_id", "must be set", "MISSING")
+        self._manager.look_ahead(request.router_id, queue_from(request, time.monotonic()))
+        return residency_pb2.LookAheadResponse()
 
     async def AttachEngine(
         self, request_iterator: AsyncIterator[residency_pb2.AttachEngineRequest], context: Context

@@ -17,9 +17,11 @@ from typing import Any
 from cache import metrics
 from cache.artifact import TARGET_DTYPES, Artifact, BaseDescription
 from cache.builder import Builder
+from cache.costs import TO_HOST
 from cache.errors import AdapterTooLarge, ArtifactDamaged, SourceChanged, TierFull, VersionNotFound
 from cache.failures import Failures
-from cache.residency import EvictionPolicy, Move, Place, Resident, Wanted, moved, plan
+from cache.plan import Policy, Resident, Wanted, plan
+from cache.residency import Move, Place, moved
 from cache.tiers import ArtifactKey, FileTier
 from servicekit.errors import Internal, ServiceError
 from servicekit.tracing import context_from, end_span, start_span
@@ -181,7 +183,7 @@ class Shelf:
         if self.place(key) is not Place.HOST and self.failure(key.digest) is None:
             self._wishes.setdefault(key, Wish(traceparent)).patient = True
 
-    def advance(self, needed: Collection[ArtifactKey], policy: EvictionPolicy) -> None:
+    def advance(self, needed: Collection[ArtifactKey], policy: Policy) -> None:
         """Moves every wish a step on; never evicts from the host tier what is `needed` there or wished for."""
         for key, wish in list(self._wishes.items()):
             if self.place(key) is Place.HOST:
@@ -190,7 +192,7 @@ class Shelf:
                 self._start_fetch(key, wish.traceparent)
         names = {key.name: key for key in self._wishes if self.place(key) is Place.DISK}
         while names:
-            wanted = [Wanted(name, self.size(key)) for name, key in names.items()]
+            wanted = [Wanted(name, self.size(key), urgent=True) for name, key in names.items()]
             decided = plan(self._residents(needed), wanted, self.host.budget_bytes, policy)
             for name in decided.hopeless:
                 key = names.pop(name)
@@ -314,6 +316,7 @@ class Shelf:
                 held.size_bytes,
                 held.last_used,
                 kept=held.place is Place.STAGING or key in needed or key in self._wishes,
+                cost=TO_HOST.cost(held.size_bytes),
             )
             for key, held in self._held.items()
             if held.place in (Place.STAGING, Place.HOST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from cache.artifact import TARGET_DTYPES, BaseDescription
-from cache.engines import Command, Engine, Evict, Load
+from cache.engines import LOOK_AHEAD_SECONDS, Command, Engine, Evict, Expected, Load
 from cache.registry import AdapterRecord
 from cache.residency import DevicePlace, Place
 from cache.watchers import Change
@@ -96,3 +96,16 @@ def command_message(command: Command) -> residency_pb2.AttachEngineResponse:
         message=command.error.message,
     )
     return residency_pb2.AttachEngineResponse(unavailable=unavailable)
+
+
+def queue_from(said: residency_pb2.LookAheadRequest, now: float) -> list[tuple[str, str, Expected]]:
+    """What waits in a router's queue: digest, engine_id or "", and for whom."""
+    until = now + LOOK_AHEAD_SECONDS
+    return [
+        (
+            one.digest,
+            one.engine_id,
+            Expected(one.traceparent, until, now - one.waited_ms / 1000, one.tenant, said.router_id),
+        )
+        for one in said.expected
+    ]

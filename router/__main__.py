@@ -18,6 +18,7 @@ from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
 from router.fleet import Fleet
 from router.flows import Tariff
+from router.look_ahead import LookAhead
 from router.service import GenerationServicer
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
@@ -49,6 +50,7 @@ class Router:
         )
         self.fleet = Fleet(settings.engines, router_id, self._post)
         self.generation = GenerationServicer(self.cache.view, lambda: self.fleet.engines, self.dispatcher.post)
+        self.look_ahead = LookAhead(self.cache.residency, router_id, lambda: self.dispatcher.waiting)
         self._readiness_changed = asyncio.Event()
 
     def _post(self, message: Message) -> None:
@@ -61,7 +63,8 @@ class Router:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.cache), self.server.grpc)
         await self.server.start(self.settings.listen, _SERVICES)
         health = asyncio.create_task(self._report_health())
-        parts = [health, *map(asyncio.create_task, (self.dispatcher.run(), self.fleet.run(), self.cache.follow()))]
+        loops = (self.dispatcher.run(), self.fleet.run(), self.cache.follow(), self.look_ahead.run())
+        parts = [health, *map(asyncio.create_task, loops)]
         stop = asyncio.create_task(stop_requested)
         # The parts run for ever: one that ends has failed, and a router without it would only pretend to serve.
         await asyncio.wait([stop, *parts], return_when=asyncio.FIRST_COMPLETED)

@@ -29,7 +29,7 @@ class Moved:
 
 
 class CacheLink:
-    """Owns the view: it alone changes it. `adapters` is the stub for calls to be forwarded."""
+    """Owns the view: it alone changes it. `adapters` and `residency` are stubs for calls of others."""
 
     def __init__(self, address: str, post: Callable[[Moved], None]) -> None:
         self.address = address
@@ -37,7 +37,9 @@ class CacheLink:
         self._post = post
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
-        self._residency = residency_pb2_grpc.ResidencyServiceStub(self._channel)
+        self.residency: residency_pb2_grpc.ResidencyServiceAsyncStub = residency_pb2_grpc.ResidencyServiceStub(
+            self._channel
+        )
         self._prefetches: dict[str, asyncio.Task[None]] = {}
 
     def apply(self, event: Event) -> None:
@@ -69,18 +71,20 @@ class CacheLink:
                 _log.warning("the watch on the registry broke: %s", error.details())
         return heard
 
-    def prefetch(self, digest: str, engine_id: str, traceparent: str) -> None:
+    def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
         """Asks for an adapter to be brought to a device, and does not wait. One call per digest at a time."""
         if digest in self._prefetches:
             return
-        task = asyncio.create_task(self._prefetch(digest, engine_id, traceparent))
+        task = asyncio.create_task(self._prefetch(digest, engine_id, traceparent, tenant))
         self._prefetches[digest] = task
         task.add_done_callback(lambda _: self._prefetches.pop(digest))
 
-    async def _prefetch(self, digest: str, engine_id: str, traceparent: str) -> None:
-        request = residency_pb2.PrefetchRequest(digest=digest, engine_id=engine_id, traceparent=traceparent)
+    async def _prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
+        request = residency_pb2.PrefetchRequest(
+            digest=digest, engine_id=engine_id, traceparent=traceparent, tenant=tenant
+        )
         try:
-            await self._residency.Prefetch(request, timeout=_PREFETCH_SECONDS)
+            await self.residency.Prefetch(request, timeout=_PREFETCH_SECONDS)
         except grpc.aio.AioRpcError as error:
             # Only a head start is lost: the engine asks for what its sequences wait for.
             _log.debug("prefetch of %s failed: %s", digest, error.details())

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +70,14 @@ class _Seats(Places):
 
 
 class Dispatcher:
-    """The loop. `where` tells which engines have a digest; `prefetch(digest, engine_id, traceparent)` asks for one."""
+    """The loop. `where` tells which engines have a digest; `prefetch(digest, engine_id, traceparent, tenant)` asks for one."""
 
     def __init__(
         self,
         tariff: Tariff,
         limits: Limits,
         where: Callable[[str], Where],
-        prefetch: Callable[[str, str, str], None],
+        prefetch: Callable[[str, str, str, str], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._flows = Flows(tariff)
@@ -110,6 +110,11 @@ class Dispatcher:
     def queued(self) -> int:
         """Requests that wait."""
         return self._flows.queued
+
+    @property
+    def waiting(self) -> Collection[Request]:
+        """The requests that wait."""
+        return self._queued.values()
 
     def post(self, message: Message) -> None:
         """Hands the loop a message. To be called on its event loop's thread."""
@@ -191,7 +196,7 @@ class Dispatcher:
             # The queue is the cache's look-ahead.
             likely = min(self._seats.values(), key=lambda seats: seats.taken, default=None)
             traceparent = traceparent_of(request.stage_span) if request.stage_span else ""
-            self._prefetch(adapter.digest, likely.engine_id if likely else "", traceparent)
+            self._prefetch(adapter.digest, likely.engine_id if likely else "", traceparent, request.tenant)
 
     def _cancel(self, message: Cancel) -> None:
         request = message.request

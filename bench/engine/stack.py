@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 from bench.engine.adapters import write_peft_folder
 from bench.engine.workload import OUTPUT_TOKENS, Burst, Case, prompts
@@ -24,20 +25,26 @@ class Stack:
     """A running stack with random adapters registered and on the device. Use as an asynchronous context."""
 
     def __init__(
-        self, model: str, targets: tuple[TargetModule, ...], adapters: int, rank: int, settings: dict[str, str]
+        self,
+        model: str,
+        targets: tuple[TargetModule, ...],
+        adapters: int,
+        rank: int,
+        settings: dict[str, str],
+        preload: Literal["host", "device"] = "device",
     ) -> None:
         self._model, self._targets, self._adapters, self._rank = model, targets, adapters, rank
-        self._settings = settings
+        self._settings, self._preload = settings, preload
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-bench-")
-        self._vocab_size = 0
+        self.vocab_size = 0
 
     async def __aenter__(self) -> Stack:
         roots, port = self._start()
         self._client = AsyncClient(f"127.0.0.1:{port}", timeout=600)
         deadline = time.monotonic() + START_SECONDS
-        while not self._vocab_size:
+        while not self.vocab_size:
             try:
-                self._vocab_size = (await self._client.model_info(timeout=1)).vocab_size
+                self.vocab_size = (await self._client.model_info(timeout=1)).vocab_size
             except Exception:
                 if time.monotonic() > deadline or self._process.poll() is not None:
                     sys.stderr.write(self._log.read_text(encoding="utf-8"))
@@ -46,7 +53,7 @@ class Stack:
         for number in range(self._adapters):
             path = write_peft_folder(roots, number, self._targets, self._rank)
             await self._client.adapters.register(path.name, path)
-            await self._client.adapters.preload(path.name, "device")
+            await self._client.adapters.preload(path.name, self._preload)
         return self
 
     def _start(self) -> tuple[Path, int]:
@@ -74,13 +81,14 @@ class Stack:
 
     async def burst(self, case: Case, seed: int, output_tokens: int = OUTPUT_TOKENS) -> Burst:
         """One burst of a case, timed at the client."""
-        wanted = zip(prompts(case.concurrency, self._vocab_size, seed), case.assign(seed), strict=True)
+        wanted = zip(prompts(case.concurrency, self.vocab_size, seed), case.assign(seed), strict=True)
         began = time.perf_counter()
-        arrivals = await asyncio.gather(*(self._ask(*one, output_tokens) for one in wanted))
+        arrivals = await asyncio.gather(*(self.ask(*one, output_tokens) for one in wanted))
         ended = max(times[-1] for times in arrivals)
         return Burst(ended - began, [[moment - began for moment in times] for times in arrivals])
 
-    async def _ask(self, prompt: list[int], adapter: int | None, output_tokens: int) -> list[float]:
+    async def ask(self, prompt: list[int], adapter: int | None, output_tokens: int) -> list[float]:
+        """One request; when each of its tokens came."""
         times: list[float] = []
         name = "" if adapter is None else f"random-{adapter:04d}"
         stream = self._client.stream(token_ids=prompt, adapter=name, max_output_tokens=output_tokens, ignore_eos=True)

@@ -155,9 +155,12 @@ async def test_look_ahead_pushes_out_no_look_ahead_but_a_waiting_sequence_does(
         await engine.use(digests[3])
         await engine.want(digests[3])
         await eventually(lambda: digests[3] in engine.resident)
-        # Used and free again, the place goes to the wish
+        # It goes, and its place is again for who was first; once that one was used, it is for the third
         await engine.use()
-        await eventually(lambda: digests[2] in engine.resident)
+        await eventually(lambda: engine.resident.keys() == set(digests[:2]))
+        await engine.use(digests[0])
+        await engine.use()
+        await eventually(lambda: engine.resident.keys() == set(digests[1:3]))
         assert LOOK_AHEAD_SECONDS > 1
 
 

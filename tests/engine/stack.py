@@ -50,6 +50,9 @@ class FakeCache(residency_pb2_grpc.ResidencyServiceServicer):
     async def Prefetch(self, request: Any, context: Any) -> cache.PrefetchResponse:
         return cache.PrefetchResponse()
 
+    async def LookAhead(self, request: Any, context: Any) -> cache.LookAheadResponse:
+        return cache.LookAheadResponse()
+
     async def _listen(self, requests: Any) -> None:
         async for request in requests:
             async with self.changed:

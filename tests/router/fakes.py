@@ -152,6 +152,7 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
     def __init__(self, *adapters: adapter_pb2.Adapter) -> None:
         self.adapters = {one.adapter_id: one for one in adapters}
         self.prefetches: list[residency_pb2.PrefetchRequest] = []
+        self.look_aheads: list[residency_pb2.LookAheadRequest] = []
         self.timeouts: list[float | None] = []
         self.watchers: list[asyncio.Queue[adapter_pb2.AdapterEvent]] = []
         self._server: grpc.aio.Server | None = None
@@ -243,6 +244,12 @@ class FakeCache(adapter_pb2_grpc.AdapterServiceServicer, residency_pb2_grpc.Resi
     ) -> residency_pb2.PrefetchResponse:
         self.prefetches.append(request)
         return residency_pb2.PrefetchResponse()
+
+    async def LookAhead(
+        self, request: residency_pb2.LookAheadRequest, context: Context
+    ) -> residency_pb2.LookAheadResponse:
+        self.look_aheads.append(request)
+        return residency_pb2.LookAheadResponse()
 
 
 @dataclass

@@ -452,29 +452,35 @@ Global___ArtifactUnavailable: _TypeAlias = ArtifactUnavailable  # noqa: Y015
 
 @_typing.final
 class PrefetchRequest(_message.Message):
-    """Asks for an adapter version to be brought to an engine's device."""
+    """Asks for an adapter version to be brought to an engine's device, and kept
+    there until it is used, for ten seconds at most.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """The digest."""
     engine_id: _builtins.str
     """The engine; empty means any."""
     traceparent: _builtins.str
     """W3C trace context of the request that asks."""
+    tenant: _builtins.str
+    """The tenant of the request."""
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         engine_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_id", b"engine_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_id", b"engine_id", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -496,3 +502,86 @@ class PrefetchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefetchResponse: _TypeAlias = PrefetchResponse  # noqa: Y015
+
+@_typing.final
+class LookAheadRequest(_message.Message):
+    """What waits in a router's queue, all of it that matters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    """The router."""
+    @_builtins.property
+    def expected(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpectedUse]:
+        """One for each adapter version that requests wait for."""
+
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        expected: _abc.Iterable[Global___ExpectedUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookAheadRequest: _TypeAlias = LookAheadRequest  # noqa: Y015
+
+@_typing.final
+class ExpectedUse(_message.Message):
+    """Requests for an adapter version wait in a router's queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    WAITED_MS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The digest."""
+    engine_id: _builtins.str
+    """The engine; empty means any."""
+    waited_ms: _builtins.int
+    """How long the first of the requests has been waiting."""
+    tenant: _builtins.str
+    """Its tenant."""
+    traceparent: _builtins.str
+    """Its W3C trace context."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        engine_id: _builtins.str = ...,
+        waited_ms: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_id", b"engine_id", "tenant", b"tenant", "traceparent", b"traceparent", "waited_ms", b"waited_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpectedUse: _TypeAlias = ExpectedUse  # noqa: Y015
+
+@_typing.final
+class LookAheadResponse(_message.Message):
+    """The look-ahead is noted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookAheadResponse: _TypeAlias = LookAheadResponse  # noqa: Y015

@@ -46,6 +46,11 @@ class ResidencyServiceStub(object):
                 request_serializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchResponse.FromString,
                 _registered_method=True)
+        self.LookAhead = channel.unary_unary(
+                '/loraplex.cache.v1.ResidencyService/LookAhead',
+                request_serializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadRequest.SerializeToString,
+                response_deserializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadResponse.FromString,
+                _registered_method=True)
 
 
 class ResidencyServiceServicer(object):
@@ -75,6 +80,18 @@ class ResidencyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LookAhead(self, request, context):
+        """Tells which adapter versions will be needed on devices, and how soon: who has
+        waited longest comes first. It takes the place of what the router said before
+        and holds for ten seconds unless it is said again. Versions that are not
+        registered are left out: the router's view may be older than the cache's.
+
+        Errors: INVALID_ARGUMENT without a router_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ResidencyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -87,6 +104,11 @@ def add_ResidencyServiceServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchRequest.FromString,
                     response_serializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'LookAhead': grpc.unary_unary_rpc_method_handler(
+                    servicer.LookAhead,
+                    request_deserializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadRequest.FromString,
+                    response_serializer=loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -145,6 +167,33 @@ class ResidencyService(object):
             '/loraplex.cache.v1.ResidencyService/Prefetch',
             loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchRequest.SerializeToString,
             loraplex_dot_cache_dot_v1_dot_residency__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LookAhead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.cache.v1.ResidencyService/LookAhead',
+            loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadRequest.SerializeToString,
+            loraplex_dot_cache_dot_v1_dot_residency__pb2.LookAheadResponse.FromString,
             options,
             channel_credentials,
             insecure,

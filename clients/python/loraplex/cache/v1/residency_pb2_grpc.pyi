@@ -49,6 +49,14 @@ class ResidencyServiceStub:
 
     Errors: NOT_FOUND for a digest that is not registered.
     """
+    LookAhead: _grpc.UnaryUnaryMultiCallable[_residency_pb2.LookAheadRequest, _residency_pb2.LookAheadResponse]
+    """Tells which adapter versions will be needed on devices, and how soon: who has
+    waited longest comes first. It takes the place of what the router said before
+    and holds for ten seconds unless it is said again. Versions that are not
+    registered are left out: the router's view may be older than the cache's.
+
+    Errors: INVALID_ARGUMENT without a router_id.
+    """
 
 @_typing.type_check_only
 class ResidencyServiceAsyncStub(ResidencyServiceStub):
@@ -70,6 +78,14 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     once; the loading goes on.
 
     Errors: NOT_FOUND for a digest that is not registered.
+    """
+    LookAhead: _aio.UnaryUnaryMultiCallable[_residency_pb2.LookAheadRequest, _residency_pb2.LookAheadResponse]  # type: ignore[assignment]
+    """Tells which adapter versions will be needed on devices, and how soon: who has
+    waited longest comes first. It takes the place of what the router said before
+    and holds for ten seconds unless it is said again. Versions that are not
+    registered are left out: the router's view may be older than the cache's.
+
+    Errors: INVALID_ARGUMENT without a router_id.
     """
 
 class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +117,20 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         once; the loading goes on.
 
         Errors: NOT_FOUND for a digest that is not registered.
+        """
+
+    @_abc_1.abstractmethod
+    def LookAhead(
+        self,
+        request: _residency_pb2.LookAheadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_residency_pb2.LookAheadResponse, _abc.Awaitable[_residency_pb2.LookAheadResponse]]:
+        """Tells which adapter versions will be needed on devices, and how soon: who has
+        waited longest comes first. It takes the place of what the router said before
+        and holds for ten seconds unless it is said again. Versions that are not
+        registered are left out: the router's view may be older than the cache's.
+
+        Errors: INVALID_ARGUMENT without a router_id.
         """
 
 def add_ResidencyServiceServicer_to_server(servicer: ResidencyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
