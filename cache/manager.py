@@ -21,10 +21,13 @@ from cache.artifact import BaseDescription
 from cache.builder import Builder
 from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Load
 from cache.errors import AdapterTooLarge, BaseMismatch, EngineAttached, RankTooLarge, VersionNotFound
+from cache.fetcher import Fetcher, Origin
+from cache.flights import Flights
+from cache.neighbours import Neighbours
 from cache.registry import Registry
 from cache.registry_link import NodeReport, RegistryLink
 from cache.residency import DeviceMove, DevicePlace, LeastRecentlyUsed, Place
-from cache.shelf import ON_DISK, Origin, Shelf
+from cache.shelf import ON_DISK, Shelf
 from cache.sources import Source
 from cache.tiers import ArtifactKey, FileTier
 from cache.view import View
@@ -47,9 +50,11 @@ class Manager:
     def __init__(self, registry: Registry, source: Source, disk: FileTier, host: FileTier, node_id: str) -> None:
         self.node_id = node_id
         self.view = View()
-        self.link = RegistryLink(registry, self.view, node_id, self._report, self.wake)
+        self.link = RegistryLink(registry, self.view, node_id, self._report, self._held, self.wake)
         self.builder = Builder(source)
-        self.shelf = Shelf(self.builder, disk, host, self._origin_of, self._announce)
+        self.flights = Flights(registry, node_id)
+        fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, disk), disk)
+        self.shelf = Shelf(fetcher, disk, host, self._origin_of, self._announce)
         self.engines: dict[str, Engine] = {}
         self._policy = LeastRecentlyUsed()
         self._protected: Counter[str] = Counter()
@@ -63,7 +68,7 @@ class Manager:
         """Reads the registry and the tiers. Raises RegistryUnreachable."""
         await self.link.reconcile()
         await self.shelf.open()
-        for forever in (self._run(), self.link.keep_in_touch(), self.link.listen()):
+        for forever in (self._run(), self.link.keep_in_touch(), self.link.listen(), self.link.tell_moves()):
             self.spawn(forever)
 
     async def stop(self) -> None:
@@ -176,6 +181,7 @@ class Manager:
     def _announce(self, *digests: str) -> None:
         """Tells watchers that the residency of versions has changed, and the loop that something did."""
         self.view.residency_changed(digests)
+        self.link.moved(digests)
         self._wake.set()
 
     def _size_of(self, key: ArtifactKey) -> int:
@@ -183,7 +189,9 @@ class Manager:
 
     def _origin_of(self, digest: str) -> Origin | None:
         records = self.view.with_digest(digest)
-        return Origin(records[0].source_uri, self.link.base) if records and self.link.base else None
+        if not records or self.link.base is None:
+            return None
+        return Origin(records[0].source_uri, self.link.base, records[0].source_revision)
 
     # What engines say. An engine is the truth about its device: what it reports is taken over, whatever was expected.
 
@@ -271,6 +279,7 @@ class Manager:
     def in_use(self, engine: Engine, digests: frozenset[str]) -> None:
         """All the digests that an engine's sequences use or wait for."""
         ended = engine.in_use - digests
+        self.link.used(digests)
         engine.use(digests, time.monotonic())
         for digest in digests:
             self.shelf.touch(engine.key(digest))
@@ -327,12 +336,19 @@ class Manager:
                 here.append((self.node_id, engine.engine_id, DevicePlace.DEVICE))
         return here
 
+    def leases(self, digest: str) -> list[str]:
+        """The engines whose sequences use or wait for a version: "node/engine", those of other nodes by their heartbeats."""
+        here = [f"{self.node_id}/{each.engine_id}" for each in self.engines.values() if digest in each.in_use]
+        mine = f"{self.node_id}/"
+        return here + sorted(o for o, leased in self.link.leases if leased == digest and not o.startswith(mine))
+
+    def _held(self, digest: str) -> list[str]:
+        """The tiers that hold a version here, as the other nodes are told."""
+        places = self._residency_here(digest)
+        return [f"{engine}/{place.value}" if engine else place.value for _, engine, place in places]
+
     def _report(self) -> NodeReport:
         """What the other nodes are told."""
-        held = {
-            digest: [f"{engine}/{place.value}" if engine else place.value for _, engine, place in places]
-            for digest in self.view.digests
-            if (places := self._residency_here(digest))
-        }
+        held = {digest: tiers for digest in self.view.digests if (tiers := self._held(digest))}
         leases = {(f"{self.node_id}/{e.engine_id}", digest) for e in self.engines.values() for digest in e.in_use}
         return NodeReport(held, frozenset(leases))
