@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import IO
 
 from cache.adapters import Adapters
+from cache.artifact_service import ArtifactService
 from cache.config import Settings
 from cache.errors import RegistryUnreachable
 from cache.manager import Manager
 from cache.registry import Registry
 from cache.service import AdapterService, ResidencyService
-from cache.sources import FileSource
+from cache.sources.setup import make_sources
 from cache.tiers import FileTier
-from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
+from loraplex.cache.v1 import artifact_pb2, artifact_pb2_grpc, residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from servicekit.errors import StartupError
 from servicekit.metrics import serve_metrics
@@ -35,6 +36,7 @@ REDIS_PATIENCE_SECONDS = 5.0
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     residency_pb2.DESCRIPTOR.services_by_name["ResidencyService"].full_name,
+    artifact_pb2.DESCRIPTOR.services_by_name["ArtifactService"].full_name,
 )
 
 
@@ -43,11 +45,14 @@ async def main() -> None:
     settings = read_settings(Settings, "cache", sys.argv[1:], os.environ)
     node_id = settings.node_id or socket.gethostname()
     setup_tracing("cache", node_id)
+    for library in ("httpcore2", "httpx2", "botocore", "huggingface_hub"):
+        # Below warnings they tell of requests and headers, which hold secrets.
+        logging.getLogger(library).setLevel(logging.WARNING)
     lock = _lock(Path(settings.data_dir))
-    roots = [_root(root) for root in settings.adapter_roots]
+    sources = make_sources(settings)
     manager = Manager(
         Registry(settings.redis, settings.registry),
-        FileSource(roots, settings.max_adapter_mib * MIB),
+        sources,
         FileTier("disk", Path(settings.data_dir) / "artifacts", settings.disk_mib * MIB),
         FileTier("host", settings.host_tier_folder(node_id), settings.host_mib * MIB),
         node_id,
@@ -58,6 +63,9 @@ async def main() -> None:
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
+    tiers = (manager.shelf.disk, manager.shelf.host)
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
+    manager.link.address = settings.advertised()
     serve_metrics(settings.metrics_listen)
     try:
         await _start(manager)
@@ -71,6 +79,7 @@ async def main() -> None:
     finally:
         await manager.stop()
         await server.drain(1.0)
+        await sources.close()
         lock.close()
 
 
@@ -97,13 +106,6 @@ def _lock(data_dir: Path) -> IO[str]:
     except OSError:
         raise StartupError(f"another cache uses the data folder {data_dir}") from None
     return lock
-
-
-def _root(name: str) -> Path:
-    root = Path(name).expanduser()
-    if not root.is_dir():
-        raise StartupError(f"the adapter root {name} is not a folder")
-    return root
 
 
 if __name__ == "__main__":

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from cache.artifact import Artifact, BaseDescription
 from cache.engines import Engine, Evict, Expected
-from cache.errors import AdapterNotFound, BaseMismatch, BaseUnknown, DigestMismatch, NoEngine, RegistryUnreachable
+from cache.errors import (
+    AdapterNotFound,
+    BaseMismatch,
+    BaseUnknown,
+    DigestMismatch,
+    NoEngine,
+    RegistryUnreachable,
+    SourceMoved,
+)
+from cache.failures import Failures
 from cache.manager import Manager
 from cache.registry import AdapterRecord
 from cache.residency import DeviceMove, DevicePlace, Place
+from cache.sources import NO_CREDENTIALS, Credentials, scheme_of
 from cache.tiers import ArtifactKey
+from servicekit.errors import InvalidField, NotServable, ServiceError
+
+# What a version is, whichever id points to it.
+FACTS = ("digest", "base_model", "method", "rank", "size_bytes", "chat_template", "target_modules")
+FORGET_BROKEN_SECONDS = 600.0
 
 
 class Adapters:
@@ -24,6 +40,7 @@ class Adapters:
         self._manager = manager
         self._link, self._view, self._shelf = manager.link, manager.view, manager.shelf
         self._drains: dict[str, asyncio.Task[None]] = {}
+        self._broken = Failures(random.random)
 
     def resume(self) -> None:
         """Goes on with the deletions that an earlier process has begun."""
@@ -31,42 +48,87 @@ class Adapters:
             if record.state == "draining":
                 self._drain(record.adapter_id, force=False)
 
-    async def register(self, asked: AdapterRecord, expected_digest: str | None) -> AdapterRecord:
-        """Validates, stores and registers an adapter; `asked` holds what the caller said, the rest is filled in."""
+    async def register(
+        self, asked: AdapterRecord, expected_digest: str | None, credentials: Credentials = NO_CREDENTIALS
+    ) -> AdapterRecord:
+        """Validates, stores and registers an adapter; `asked` holds what the caller said, the rest is filled in.
+
+        The source is asked every time whether this caller may read the adapter, also when its bytes are here. They are
+        read only when no adapter has the same source and revision, and by one caller at a time.
+        """
         base = self._link.base
         if not self._link.reachable:
             raise RegistryUnreachable
         if base is None:
             raise BaseUnknown
+        if expected_digest is None and scheme_of(asked.source_uri) in ("https", "http"):
+            raise InvalidField("expected_digest", "must be set for https:// sources", "DIGEST_REQUIRED")
         # Asked before the work is done: a registry that was just lost shows here.
         await self._link.registry.read(asked.adapter_id)
-        artifact = await self._manager.builder.build(asked.source_uri, base)
+        revision = await self._manager.builder.source.look(asked.source_uri, credentials)
+        asked = replace(asked, source_revision=revision, base_digest=base.digest)
+        if not revision:
+            return await self._read(asked, expected_digest, credentials, base)
+        if (error := self._broken.error(_content_of(asked), time.monotonic())) is not None:
+            raise error
+        async with self._manager.flights.alone("register", *_content_of(asked).split("\n")):
+            known = await self._known(asked, base)
+            if known is not None and expected_digest in (None, known.digest):
+                return await self._share(asked, known, base)
+            return await self._read(asked, expected_digest, credentials, base)
+
+    async def _read(
+        self, asked: AdapterRecord, expected_digest: str | None, credentials: Credentials, base: BaseDescription
+    ) -> AdapterRecord:
+        """Registers what is at the source."""
+        try:
+            artifact = await self._manager.builder.build(
+                asked.source_uri, base, revision=asked.source_revision, credentials=credentials
+            )
+        except (InvalidField, NotServable) as error:
+            if asked.source_revision and not isinstance(error, SourceMoved):
+                # The same bytes are not read again to say the same, until then.
+                self._broken.forget_before(time.monotonic() - FORGET_BROKEN_SECONDS)
+                self._broken.note(_content_of(asked), error, time.monotonic())
+            raise
         if expected_digest is not None and artifact.digest != expected_digest:
             raise DigestMismatch(expected_digest, artifact.digest)
         with self._manager.protected(artifact.digest):
             await self._shelf.store(artifact, base.dtype)
             await self._shelf.bring_to_host(ArtifactKey(artifact.digest, base.dtype))
-            return await self._point(asked, artifact, base)
+            return await self._point(_described(asked, artifact), base)
 
-    async def _point(self, asked: AdapterRecord, artifact: Artifact, base: BaseDescription) -> AdapterRecord:
+    async def _known(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord | None:
+        """An adapter that was read from the same source at the same revision, on any node, and is to be had."""
+        records = (await self._link.registry.load()).records.values()
+        known = next((record for record in records if _content_of(record) == _content_of(asked)), None)
+        if known is None:
+            return None
+        self._view.take(known)
+        with self._manager.protected(known.digest):
+            try:
+                await self._shelf.bring_to_disk(ArtifactKey(known.digest, base.dtype))
+            except ServiceError:
+                # This caller may read it at the source, whoever cannot any more.
+                return None
+        return known
+
+    async def _share(self, asked: AdapterRecord, known: AdapterRecord, base: BaseDescription) -> AdapterRecord:
+        """Registers a version that is here."""
+        with self._manager.protected(known.digest):
+            await self._shelf.bring_to_host(ArtifactKey(known.digest, base.dtype))
+            facts = {name: getattr(known, name) for name in FACTS}
+            return await self._point(replace(asked, **facts), base)
+
+    async def _point(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord:
         """Makes a version the one that an id answers with."""
         while True:
             if self._link.base is None or self._link.base.digest != base.digest:
                 # The base was replaced while the adapter was validated against the former one.
                 raise BaseMismatch(self._link.base.digest if self._link.base else "", base.digest)
             before = await self._link.registry.read(asked.adapter_id)
-            same = before is not None and before.digest == artifact.digest
-            complete = replace(
-                asked,
-                digest=artifact.digest,
-                base_model=artifact.base_model,
-                base_digest=base.digest,
-                rank=artifact.rank,
-                size_bytes=len(artifact.packed),
-                chat_template=artifact.chat_template,
-                target_modules=artifact.target_modules,
-                create_time_ms=before.create_time_ms if before and same else asked.create_time_ms,
-            )
+            same = before is not None and before.digest == asked.digest
+            complete = replace(asked, create_time_ms=before.create_time_ms if before and same else asked.create_time_ms)
             stored = before if complete == before else await self._link.put(complete, before)
             if stored is not None:
                 return stored
@@ -168,3 +230,21 @@ class Adapters:
         """Whether an engine has a version on its device, or will not get it."""
         there = engine.place(digest) is DevicePlace.DEVICE
         return there or digest not in engine.expected or self._manager.engines.get(engine.engine_id) is not engine
+
+
+def _described(asked: AdapterRecord, artifact: Artifact) -> AdapterRecord:
+    """A record with what an artifact says of itself."""
+    return replace(
+        asked,
+        digest=artifact.digest,
+        base_model=artifact.base_model,
+        rank=artifact.rank,
+        size_bytes=len(artifact.packed),
+        chat_template=artifact.chat_template,
+        target_modules=artifact.target_modules,
+    )
+
+
+def _content_of(record: AdapterRecord) -> str:
+    """What names the bytes that a record was made from, and what they were validated against."""
+    return f"{record.source_uri}\n{record.source_revision}\n{record.base_digest}"

@@ -6,7 +6,7 @@ import asyncio
 
 from cache import metrics
 from cache.artifact import Artifact, BaseDescription, build_artifact
-from cache.sources import Source
+from cache.sources import NO_CREDENTIALS, Credentials, Source
 from servicekit.errors import ServiceError
 from servicekit.tracing import context_from, end_span, start_span
 
@@ -18,15 +18,24 @@ class Builder:
     """Reads adapters, validates and packs them."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
+        self.source = source
         self._builds = asyncio.Semaphore(BUILDS_AT_ONCE)
 
-    async def build(self, source_uri: str, base: BaseDescription, traceparent: str = "") -> Artifact:
-        """The artifact of the adapter at a source. Raises what Source.read and build_artifact raise."""
+    async def build(
+        self,
+        source_uri: str,
+        base: BaseDescription,
+        traceparent: str = "",
+        revision: str = "",
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> Artifact:
+        """The artifact of the adapter at a source. Raises what Source.fetch and build_artifact raise."""
         span = start_span("adapter.load disk", parent=context_from(traceparent))
         try:
+            # Not among the builds: a source that hangs must not keep others from being built.
+            files = await self.source.fetch(source_uri, revision, credentials)
             async with self._builds:
-                artifact = await asyncio.to_thread(self._build, source_uri, base)
+                artifact = await asyncio.to_thread(build_artifact, files, base)
         except BaseException as error:
             metrics.FETCHES.labels(error.reason if isinstance(error, ServiceError) else "FAILED").inc()
             end_span(span, error)
@@ -37,6 +46,3 @@ class Builder:
         )
         end_span(span)
         return artifact
-
-    def _build(self, source_uri: str, base: BaseDescription) -> Artifact:
-        return build_artifact(self._source.read(source_uri), base)

@@ -10,6 +10,8 @@ from pathlib import Path
 from cache.policies import POLICIES
 from servicekit.settings import setting
 
+KINDS = ("file", "hf", "s3", "https")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,12 +29,32 @@ class Settings:
     max_adapter_mib: int = setting(2048, "Largest adapter file to read.")
     policy: str = setting("value", f"How a device gives adapters up: {', '.join(POLICIES)}.")
     tenant_share: float = setting(1.0, "Part of a device above which a tenant gives up its own adapters first.")
+    sources: tuple[str, ...] = setting(("file", "hf", "s3", "https"), "Kind of source to serve; may be repeated.")
+    source_networks: tuple[str, ...] = setting(
+        (), "Private network that https:// sources may be read from, http:// too; may be repeated."
+    )
+    source_credentials: str = setting("", "JSON file of rights to read sources; docs/sources.md shows one.")
+    s3_endpoint: str = setting("", "URL of the S3-compatible store; empty is AWS.")
+    s3_region: str = setting("us-east-1", "Region that requests to the store are signed for.")
+    hub_endpoint: str = setting("", "URL of the hub; empty is HF_ENDPOINT, or Hugging Face's.")
+    source_connect_seconds: float = setting(10.0, "Longest wait for a connection to a source.")
+    source_idle_seconds: float = setting(30.0, "Longest time a source may send nothing.")
+    source_seconds: float = setting(900.0, "Longest time to read one adapter from its source.")
+    source_readers: int = setting(4, "Adapters read from one kind of source at the same time.")
+    advertise: str = setting(
+        "", "Address other nodes read artifacts from; empty is the one listened on, if it has a host."
+    )
     metrics_listen: str = setting("", "Address to serve Prometheus metrics on; empty serves none.")
 
     def __post_init__(self) -> None:
-        for name in ("disk_mib", "host_mib", "max_adapter_mib"):
+        for name in ("disk_mib", "host_mib", "max_adapter_mib", "source_readers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        for name in ("source_connect_seconds", "source_idle_seconds", "source_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0")
+        if unknown := set(self.sources) - set(KINDS):
+            raise ValueError(f"sources: unknown are {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
         # It becomes part of a folder's name, and of names in Redis.
         if not re.fullmatch(r"[A-Za-z0-9._-]{0,128}", self.node_id) or self.node_id in (".", ".."):
             raise ValueError(f"node_id {self.node_id!r} may have letters, digits, '.', '_' and '-' only")
@@ -46,3 +68,10 @@ class Settings:
     def host_tier_folder(self, node_id: str) -> Path:
         """The folder of the host tier."""
         return Path(self.host_tier or f"/dev/shm/loraplex-{os.getuid()}-{node_id}")
+
+    def advertised(self) -> str:
+        """The address other nodes are told; "" when it cannot be known."""
+        host = self.listen.rpartition(":")[0].strip("[]")
+        return self.advertise or (
+            "" if host in ("", "0.0.0.0", "::") or self.listen.startswith("unix:") else self.listen
+        )

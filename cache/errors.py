@@ -8,16 +8,23 @@ NotServable
 │   └── RankTooLarge        RANK_TOO_LARGE      more than the engine can run
 ├── DigestMismatch          DIGEST_MISMATCH     the content is not what the caller expected
 ├── SourceChanged           SOURCE_CHANGED      a version is gone from the tiers, and its source holds another by now
+├── SourceMoved             SOURCE_MOVED        the source no longer has the revision that was asked for
 └── BaseMismatch            BASE_MISMATCH       an engine serves another base than this registry
 NotFound
 ├── AdapterNotFound         ADAPTER_NOT_FOUND   no such adapter_id
 ├── VersionNotFound         VERSION_NOT_FOUND   no such digest
 └── SourceNotFound          SOURCE_NOT_FOUND    nothing at the source
+PermissionDenied
+└── SourceForbidden         SOURCE_FORBIDDEN    the source does not let this caller read it
+DeadlineExceeded
+└── SourceTooSlow           SOURCE_TOO_SLOW     the source did not deliver in time
 Exhausted
 ├── TierFull                TIER_FULL           no room in a tier
 └── AdapterTooLarge         ADAPTER_TOO_LARGE   larger than a whole tier
 Unavailable
 ├── RegistryUnreachable     REGISTRY_UNREACHABLE
+├── SourceUnreachable       SOURCE_UNREACHABLE  the source does not answer, or with an error of its own
+├── NeighbourFailed         NEIGHBOUR_FAILED    another node's artifact could not be had
 ├── BaseUnknown             BASE_UNKNOWN        no engine has described the base yet
 └── NoEngine                NO_ENGINE           no engine is attached
 AlreadyExists
@@ -30,7 +37,17 @@ Internal
 
 from __future__ import annotations
 
-from servicekit.errors import AlreadyExists, Exhausted, Internal, InvalidField, NotFound, NotServable, Unavailable
+from servicekit.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Exhausted,
+    Internal,
+    InvalidField,
+    NotFound,
+    NotServable,
+    PermissionDenied,
+    Unavailable,
+)
 
 MAX_SHOWN = 160
 
@@ -88,6 +105,14 @@ class SourceChanged(NotServable):
         )
 
 
+class SourceMoved(NotServable):
+    """Raised when a source no longer has the revision that was asked for."""
+
+    def __init__(self, source_uri: str) -> None:
+        message = f"{shown(source_uri)} has changed since; register the adapter again"
+        super().__init__(message, "SOURCE_MOVED", source_uri=shown(source_uri))
+
+
 class BaseMismatch(NotServable):
     """Raised when an engine's base is not the one the registered adapters were validated against."""
 
@@ -119,6 +144,42 @@ class SourceNotFound(NotFound):
 
     def __init__(self, source_uri: str, message: str) -> None:
         super().__init__(f"source_uri: {message}", "SOURCE_NOT_FOUND", field="source_uri", source_uri=shown(source_uri))
+
+
+class SourceForbidden(PermissionDenied):
+    """Raised when a source does not let the caller read an adapter; the reason a source gives is not repeated."""
+
+    def __init__(self, source_uri: str, message: str = "the source does not let this caller read it") -> None:
+        super().__init__(f"source_uri: {message}", "SOURCE_FORBIDDEN", field="source_uri", source_uri=shown(source_uri))
+
+
+class SourceTooSlow(DeadlineExceeded):
+    """Raised when a source did not deliver in time."""
+
+    def __init__(self, source_uri: str, seconds: float) -> None:
+        super().__init__(
+            f"{shown(source_uri)} was not there within {seconds:g} seconds",
+            "SOURCE_TOO_SLOW",
+            retry_after=5.0,
+            source_uri=shown(source_uri),
+            limit_seconds=f"{seconds:g}",
+        )
+
+
+class SourceUnreachable(Unavailable):
+    """Raised when a source does not answer, or answers with an error of its own, however often it is asked."""
+
+    def __init__(self, source_uri: str, message: str) -> None:
+        super().__init__(
+            f"{shown(source_uri)}: {message}", "SOURCE_UNREACHABLE", retry_after=5.0, source_uri=shown(source_uri)
+        )
+
+
+class NeighbourFailed(Unavailable):
+    """Raised when an artifact could not be had from another node."""
+
+    def __init__(self, node_id: str, message: str) -> None:
+        super().__init__(f"node {node_id}: {shown(message)}", "NEIGHBOUR_FAILED", node_id=node_id)
 
 
 class TierFull(Exhausted):

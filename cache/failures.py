@@ -40,9 +40,18 @@ class Failures:
         failure = self._failures.get(digest)
         return failure.error if failure is not None and failure.retry_at > now else None
 
+    def last(self, digest: str) -> Failure | None:
+        """The last failure of a version, also when it may be tried again."""
+        return self._failures.get(digest)
+
     def forgive(self, digest: str) -> None:
         """Forgets a version's failures: it came up, or someone insists."""
         self._failures.pop(digest, None)
+
+    def forget_before(self, then: float) -> None:
+        """Forgets what could have been tried again since a time, and was not asked for."""
+        for digest in [digest for digest, failure in self._failures.items() if failure.retry_at < then]:
+            del self._failures[digest]
 
     def keep_only(self, digests: Set[str]) -> None:
         """Forgets all other versions."""

@@ -7,9 +7,12 @@ All keys of a registry share the hash tag {name}, so that a script may touch sev
     loraplex:{name}:base         string  JSON: the base that adapters were validated against
     loraplex:{name}:adapters     hash    adapter_id -> JSON: the adapter's record
     loraplex:{name}:nodes        zset    node_id -> time it was last heard of, milliseconds of Redis's clock
-    loraplex:{name}:residency    hash    node_id -> JSON: digest -> tiers
+    loraplex:{name}:residency    hash    node_id -> JSON: {"address", "run", "serial", "held": digest -> tiers}
     loraplex:{name}:leases       zset    "node/engine digest" -> time the lease ends, milliseconds of Redis's clock
-    loraplex:{name}:events       channel JSON: {"revision", "adapter_id"}; a hint to read again, never the truth itself
+    loraplex:{name}:last_use     zset    digest -> time it was last used, milliseconds of Redis's clock
+    loraplex:{name}:fetch:WHAT   string  the node that fetches WHAT from its source now; ends by itself
+    loraplex:{name}:events       channel JSON: {"revision", "adapter_id"} is a hint to read again, never the truth itself;
+                                         {"node", "run", "serial", "moved": digest -> tiers} is residency that changed
 """
 
 from __future__ import annotations
@@ -53,6 +56,13 @@ class Keys:
     @property
     def leases(self) -> str:
         return self._key("leases")
+
+    @property
+    def last_use(self) -> str:
+        return self._key("last_use")
+
+    def fetch(self, what: str) -> str:
+        return self._key(f"fetch:{what}")
 
     @property
     def events(self) -> str:

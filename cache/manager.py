@@ -21,11 +21,14 @@ from cache.builder import Builder
 from cache.costs import cost_to_device
 from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Expected, Load, Worth
 from cache.errors import AdapterTooLarge, BaseMismatch, EngineAttached, RankTooLarge, VersionNotFound
+from cache.fetcher import Fetcher, Origin
+from cache.flights import Flights
+from cache.neighbours import Neighbours
 from cache.policies import POLICIES, Value
 from cache.registry import Registry
 from cache.registry_link import NodeReport, RegistryLink
 from cache.residency import DeviceMove, DevicePlace, Place
-from cache.shelf import ON_DISK, Origin, Shelf
+from cache.shelf import ON_DISK, Shelf
 from cache.sources import Source
 from cache.tiers import ArtifactKey, FileTier
 from cache.view import View
@@ -62,9 +65,11 @@ class Manager:
     ) -> None:
         self.node_id = node_id
         self.view = View()
-        self.link = RegistryLink(registry, self.view, node_id, self._report, self.wake)
+        self.link = RegistryLink(registry, self.view, node_id, self._report, self._held, self.wake)
         self.builder = Builder(source)
-        self.shelf = Shelf(self.builder, disk, host, self._origin_of, self._announce)
+        self.flights = Flights(registry, node_id)
+        fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, disk), disk)
+        self.shelf = Shelf(fetcher, disk, host, self._origin_of, self._announce)
         self.engines: dict[str, Engine] = {}
         self._device_policy, self._tenant_share = POLICIES[policy], tenant_share
         self._host_policy = Value()
@@ -79,7 +84,7 @@ class Manager:
         """Reads the registry and the tiers. Raises RegistryUnreachable."""
         await self.link.reconcile()
         await self.shelf.open()
-        for forever in (self._run(), self.link.keep_in_touch(), self.link.listen()):
+        for forever in (self._run(), self.link.keep_in_touch(), self.link.listen(), self.link.tell_moves()):
             self.spawn(forever)
 
     async def stop(self) -> None:
@@ -196,6 +201,7 @@ class Manager:
     def _announce(self, *digests: str) -> None:
         """Tells watchers that the residency of versions has changed, and the loop that something did."""
         self.view.residency_changed(digests)
+        self.link.moved(digests)
         self._wake.set()
 
     def _appraise(self, key: ArtifactKey) -> Worth:
@@ -204,7 +210,9 @@ class Manager:
 
     def _origin_of(self, digest: str) -> Origin | None:
         records = self.view.with_digest(digest)
-        return Origin(records[0].source_uri, self.link.base) if records and self.link.base else None
+        if not records or self.link.base is None:
+            return None
+        return Origin(records[0].source_uri, self.link.base, records[0].source_revision)
 
     # What engines say. An engine is the truth about its device: what it reports is taken over, whatever was expected.
 
@@ -308,6 +316,7 @@ class Manager:
         for digest in digests - engine.in_use:
             self._host_policy.used(engine.key(digest).name, 0, 0.0)
         engine.use(digests, self._appraise, time.monotonic())
+        self.link.used(digests)
         for digest in digests:
             self.shelf.touch(engine.key(digest))
         if any(record.state == "draining" for digest in ended for record in self.view.with_digest(digest)):
@@ -363,12 +372,19 @@ class Manager:
                 here.append((self.node_id, engine.engine_id, DevicePlace.DEVICE))
         return here
 
+    def leases(self, digest: str) -> list[str]:
+        """The engines whose sequences use or wait for a version: "node/engine", those of other nodes by their heartbeats."""
+        here = [f"{self.node_id}/{each.engine_id}" for each in self.engines.values() if digest in each.in_use]
+        mine = f"{self.node_id}/"
+        return here + sorted(o for o, leased in self.link.leases if leased == digest and not o.startswith(mine))
+
+    def _held(self, digest: str) -> list[str]:
+        """The tiers that hold a version here, as the other nodes are told."""
+        places = self._residency_here(digest)
+        return [f"{engine}/{place.value}" if engine else place.value for _, engine, place in places]
+
     def _report(self) -> NodeReport:
         """What the other nodes are told."""
-        held = {
-            digest: [f"{engine}/{place.value}" if engine else place.value for _, engine, place in places]
-            for digest in self.view.digests
-            if (places := self._residency_here(digest))
-        }
+        held = {digest: tiers for digest in self.view.digests if (tiers := self._held(digest))}
         leases = {(f"{self.node_id}/{e.engine_id}", digest) for e in self.engines.values() for digest in e.in_use}
         return NodeReport(held, frozenset(leases))

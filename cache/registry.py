@@ -6,21 +6,18 @@ import dataclasses
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cache.artifact import BaseDescription
 from cache.errors import RegistryUnreachable
 from cache.keys import Keys
-from servicekit.errors import StartupError
+from cache.redis_url import connect, without_password
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +25,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 # A lost Redis must be noticed within a request's patience. redis-py's own defaults would take seconds.
 TIMEOUT_SECONDS = 0.8
 NODE_TTL_MS = 10_000
+FETCH_TTL_MS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class AdapterRecord:
         create_time_ms: when this version was registered, milliseconds since 1970.
         state: "active" or "draining".
         base_digest: the base it was validated against.
+        source_revision: what its source said it was then; see Source.look.
         stored: its text in Redis, by which a change makes sure that it replaces what it was made from.
     """
 
@@ -55,6 +54,7 @@ class AdapterRecord:
     target_modules: tuple[str, ...]
     state: str = "active"
     base_digest: str = ""
+    source_revision: str = ""
     stored: str = field(default="", compare=False, repr=False)
 
     def to_json(self) -> str:
@@ -88,18 +88,57 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class NodeState:
+    """What a node says of itself.
+
+    Attributes:
+        address: where its artifacts are read; "" when it does not say.
+        run: its process.
+        serial: counts what this process has told.
+        held: digest -> tiers.
+    """
+
+    address: str = ""
+    run: str = ""
+    serial: int = 0
+    held: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Pulse:
     """What a heartbeat learns.
 
     Attributes:
-        residency: of every living node: node_id -> digest -> tiers.
+        nodes: every living node.
         leases: (owner, digest) that hold.
+        last_use: digest -> milliseconds since 1970, of those used since what was asked for.
+        now_ms: Redis's clock.
     """
 
     epoch: str
     revision: int
-    residency: Mapping[str, Mapping[str, list[str]]]
+    nodes: Mapping[str, NodeState]
     leases: frozenset[tuple[str, str]]
+    last_use: Mapping[str, int]
+    now_ms: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a heartbeat tells.
+
+    Attributes:
+        renewed, ended: (owner, digest) leases that go on, and that have ended.
+        used: digests that were used since the last one.
+        since_ms: uses since then are asked for.
+    """
+
+    node_id: str
+    state: NodeState
+    renewed: frozenset[tuple[str, str]]
+    ended: frozenset[tuple[str, str]]
+    used: frozenset[str]
+    since_ms: int
 
 
 @dataclass(frozen=True)
@@ -110,21 +149,22 @@ class Hint:
     adapter_id: str
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Versions are in other tiers of a node than before: digest -> all tiers they are in now."""
+
+    node_id: str
+    run: str
+    serial: int
+    held: Mapping[str, list[str]]
+
+
 class Registry:
     """The registry in Redis. Every method raises RegistryUnreachable when Redis does not answer in time."""
 
     def __init__(self, url: str, name: str) -> None:
-        try:
-            self._redis: Any = redis.asyncio.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(NoBackoff(), 1),
-            )
-        except ValueError as error:
-            raise StartupError(f"--redis {_without_password(url)}: {error}") from None
-        self.url = _without_password(url)
+        self._redis: Any = connect(url, TIMEOUT_SECONDS)
+        self.url = without_password(url)
         self._keys = Keys(name)
         self._scripts = {path.stem: self._redis.register_script(path.read_text()) for path in SCRIPTS.glob("*.lua")}
 
@@ -164,27 +204,38 @@ class Registry:
         raw = await self._run("describe_base", [self._keys.base, self._keys.adapters], [json.dumps(asdict(base))])
         return _base_from(raw)
 
-    async def heartbeat(
-        self,
-        node_id: str,
-        residency: Mapping[str, Iterable[str]],
-        renewed: Iterable[tuple[str, str]],
-        ended: Iterable[tuple[str, str]],
-    ) -> Pulse:
-        """Tells that this node lives, what it holds, and which (owner, digest) leases go on or have ended."""
-        keys = [self._keys.nodes, self._keys.residency, self._keys.leases, self._keys.epoch, self._keys.revision]
-        held = json.dumps({digest: list(tiers) for digest, tiers in residency.items()})
-        going_on = [" ".join(lease) for lease in renewed]
-        arguments = [node_id, NODE_TTL_MS, held, len(going_on), *going_on, *(" ".join(lease) for lease in ended)]
-        epoch, revision, nodes, leases = await self._run("heartbeat", keys, arguments)
+    async def heartbeat(self, beat: Beat) -> Pulse:
+        """Tells that a node lives; returns what there is to know."""
+        names = self._keys
+        keys = [names.nodes, names.residency, names.leases, names.epoch, names.revision, names.last_use]
+        renewed, ended = ([" ".join(lease) for lease in leases] for leases in (beat.renewed, beat.ended))
+        counts = [beat.since_ms, len(renewed), len(beat.used)]
+        arguments = [beat.node_id, NODE_TTL_MS, json.dumps(asdict(beat.state)), *counts, *renewed, *beat.used, *ended]
+        epoch, revision, nodes, leases, uses, now = await self._run("heartbeat", keys, arguments)
         return Pulse(
             epoch,
             int(revision),
-            {node: json.loads(text) for node, text in zip(nodes[::2], nodes[1::2], strict=True)},
+            {node: _node_from(text) for node, text in zip(nodes[::2], nodes[1::2], strict=True)},
             frozenset((owner, digest) for owner, _, digest in (lease.rpartition(" ") for lease in leases)),
+            {digest: int(float(at)) for digest, at in zip(uses[::2], uses[1::2], strict=True)},
+            int(now),
         )
 
-    async def hints(self) -> AsyncIterator[Hint | None]:
+    async def tell(self, moved: Moved) -> None:
+        """Tells all nodes at once what has moved on one; who misses it learns it from a heartbeat."""
+        said = {"node": moved.node_id, "run": moved.run, "serial": moved.serial, "moved": moved.held}
+        async with _redis_errors():
+            await self._redis.publish(self._keys.events, json.dumps(said))
+
+    async def lock_fetch(self, what: str, owner: str) -> bool:
+        """Takes or keeps the right to fetch something for FETCH_TTL_MS; False when another has it."""
+        return bool(await self._run("lock_fetch", [self._keys.fetch(what)], [owner, FETCH_TTL_MS]))
+
+    async def unlock_fetch(self, what: str, owner: str) -> None:
+        """Gives the right to fetch something back."""
+        await self._run("unlock_fetch", [self._keys.fetch(what)], [owner])
+
+    async def hints(self) -> AsyncIterator[Hint | Moved | None]:
         """What others have changed; None when the connection is new, so anything may have changed."""
         async with _redis_errors(), self._redis.pubsub() as channel:
             await channel.subscribe(self._keys.events)
@@ -193,7 +244,10 @@ class Registry:
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=30)
                 if message is not None:
                     said = json.loads(message["data"])
-                    yield Hint(said["revision"], said["adapter_id"])
+                    if "moved" in said:
+                        yield Moved(said["node"], said["run"], said["serial"], said["moved"])
+                    else:
+                        yield Hint(said["revision"], said["adapter_id"])
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -225,12 +279,16 @@ def _record_from(adapter_id: str, text: str) -> AdapterRecord | None:
         return None
 
 
+def _node_from(text: str) -> NodeState:
+    """What a node said of itself; nothing when it speaks another version's language."""
+    try:
+        said = json.loads(text)
+        return NodeState(str(said["address"]), str(said["run"]), int(said["serial"]), said["held"])
+    except (ValueError, KeyError, TypeError):
+        return NodeState()
+
+
 def _base_from(raw: str) -> BaseDescription:
     fields = json.loads(raw)
     modules = {name: (widths[0], widths[1]) for name, widths in fields["modules"].items()}
     return BaseDescription(**{**fields, "modules": modules})
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

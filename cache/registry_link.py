@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from cache.artifact import BaseDescription
 from cache.errors import RegistryUnreachable
-from cache.registry import AdapterRecord, Hint, Registry, Snapshot
+from cache.registry import AdapterRecord, Beat, Hint, Moved, NodeState, Pulse, Registry, Snapshot
 from cache.view import View
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
 RETRY_SECONDS = 0.25
+# Moves within so short a time are told in one message.
+GATHER_SECONDS = 0.003
 
 Leases = frozenset[tuple[str, str]]
 
@@ -40,7 +43,10 @@ class RegistryLink:
         reachable: whether Redis answered last time.
         base: what adapters are validated against; None until an engine has said.
         elsewhere: residency on the other nodes: node_id -> digest -> tiers.
+        addresses: where the artifacts of the other nodes are read: node_id -> address.
         leases_elsewhere: digests that engines of other nodes use.
+        leases: (node/engine, digest) of all nodes, as of the last heartbeat.
+        last_use: digest -> when it was last used on any node, milliseconds since 1970.
     """
 
     def __init__(
@@ -49,14 +55,26 @@ class RegistryLink:
         view: View,
         node_id: str,
         report: Callable[[], NodeReport],
+        held: Callable[[str], list[str]],
         changed: Callable[[], None],
     ) -> None:
         self.registry, self.view = registry, view
+        self.address = ""
         self.reachable = False
         self.base: BaseDescription | None = None
-        self.elsewhere: Mapping[str, Mapping[str, list[str]]] = {}
+        self.elsewhere: dict[str, dict[str, list[str]]] = {}
+        self.addresses: Mapping[str, str] = {}
         self.leases_elsewhere: frozenset[str] = frozenset()
-        self._node_id, self._report, self._changed = node_id, report, changed
+        self.leases: Leases = frozenset()
+        self.last_use: dict[str, int] = {}
+        self._node_id, self._report, self._held, self._changed = node_id, report, held, changed
+        self._run, self._serial = uuid.uuid4().hex, 0
+        # Of each other node: which process was heard, and the newest it has told.
+        self._heard: dict[str, tuple[str, int]] = {}
+        self._moved: set[str] = set()
+        self._move = asyncio.Event()
+        self._used: set[str] = set()
+        self._uses_since = 0
         self._epoch = ""
         self._revision = 0
         self._newest_seen = 0
@@ -125,6 +143,30 @@ class RegistryLink:
             self.base = base
         return in_force
 
+    def moved(self, digests: Iterable[str]) -> None:
+        """Versions are in other tiers of this node than before: the other nodes are told at once."""
+        self._moved.update(digests)
+        self._move.set()
+
+    def used(self, digests: Iterable[str]) -> None:
+        """Sequences of this node use versions: the next heartbeat says so."""
+        self._used.update(digests)
+
+    async def tell_moves(self) -> None:
+        """Tells the other nodes what moves here, for ever; many moves within a moment are told together."""
+        while True:
+            await self._move.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            self._move.clear()
+            moved, self._moved = self._moved, set()
+            if not self.reachable:
+                # The heartbeat that finds Redis again tells everything.
+                continue
+            self._serial += 1
+            held = {digest: self._held(digest) for digest in moved}
+            with suppress(RegistryUnreachable):
+                await self.registry.tell(Moved(self._node_id, self._run, self._serial, held))
+
     def beat_soon(self) -> None:
         """Has the next heartbeat sent now: a lease has ended that someone waits for."""
         self._beat.set()
@@ -154,7 +196,9 @@ class RegistryLink:
                 _log.exception("listening to the registry failed; trying again")
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _heed(self, hint: Hint | None) -> None:
+    async def _heed(self, hint: Hint | Moved | None) -> None:
+        if isinstance(hint, Moved):
+            return self._hear(hint)
         if hint is None or hint.revision > self._revision + 1:
             return await self.reconcile()
         if hint.revision <= self._revision:
@@ -171,17 +215,56 @@ class RegistryLink:
     async def _heartbeat(self) -> None:
         if not self.reachable:
             await self.reconcile()
-        report = self._report()
-        pulse = await self.registry.heartbeat(
-            self._node_id, report.residency, report.leases, self._told - report.leases
-        )
+        report, used = self._report(), self._used
+        self._used = set()
+        state = NodeState(self.address, self._run, self._serial, report.residency)
+        ended = self._told - report.leases
+        beat = Beat(self._node_id, state, report.leases, ended, frozenset(used), self._uses_since)
+        try:
+            pulse = await self.registry.heartbeat(beat)
+        except RegistryUnreachable:
+            self._used |= used
+            raise
         self._told = report.leases
-        mine = f"{self._node_id}/"
-        self.leases_elsewhere = frozenset(digest for owner, digest in pulse.leases if not owner.startswith(mine))
-        before, self.elsewhere = self.elsewhere, {n: held for n, held in pulse.residency.items() if n != self._node_id}
-        self.view.residency_changed(_moved_digests(before, self.elsewhere))
+        self._take(pulse)
         if pulse.epoch != self._epoch or pulse.revision != self._revision:
             await self.reconcile()
+        self._changed()
+
+    def _take(self, pulse: Pulse) -> None:
+        """Takes over what a heartbeat has learned of the other nodes."""
+        mine = f"{self._node_id}/"
+        self.leases = pulse.leases
+        self.leases_elsewhere = frozenset(digest for owner, digest in pulse.leases if not owner.startswith(mine))
+        self.last_use.update(pulse.last_use)
+        # A little earlier than now: what was used in the same millisecond is told twice rather than never.
+        self._uses_since = pulse.now_ms - 1000
+        others = {node: state for node, state in pulse.nodes.items() if node != self._node_id}
+        self.addresses = {node: state.address for node, state in others.items() if state.address}
+        before = self.elsewhere
+        self.elsewhere = {node: self._newest(node, state) for node, state in others.items()}
+        self._heard = {node: heard for node, heard in self._heard.items() if node in others}
+        self.view.residency_changed(_moved_digests(before, self.elsewhere))
+
+    def _newest(self, node: str, state: NodeState) -> dict[str, list[str]]:
+        """What a node holds: as the heartbeat says, unless the node itself has told something newer since."""
+        run, serial = self._heard.get(node, ("", 0))
+        if run == state.run and serial > state.serial and node in self.elsewhere:
+            return self.elsewhere[node]
+        self._heard[node] = (state.run, state.serial)
+        return dict(state.held)
+
+    def _hear(self, moved: Moved) -> None:
+        """Takes over what a node has told of itself."""
+        if moved.node_id == self._node_id:
+            return
+        self._heard[moved.node_id] = (moved.run, moved.serial)
+        held = self.elsewhere.setdefault(moved.node_id, {})
+        for digest, tiers in moved.held.items():
+            held[digest] = tiers
+            if not tiers:
+                del held[digest]
+        self.view.residency_changed(moved.held)
         self._changed()
 
     async def _restore(self, found: Snapshot) -> None:

@@ -19,7 +19,7 @@ from cache.engines import Engine
 from cache.errors import AdapterNotFound
 from cache.manager import Manager
 from cache.registry import AdapterRecord
-from cache.sources import scheme_of
+from cache.sources import Credentials, scheme_of
 from cache.watchers import Event
 from cache.wire import KINDS, PLACES, adapter_message, command_message, engine_from, queue_from
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
@@ -64,7 +64,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             chat_template="",
             target_modules=(),
         )
-        record = await self._adapters.register(asked, expected)
+        given = request.credentials
+        credentials = Credentials(given.token, given.access_key_id, given.secret_access_key, given.session_token)
+        record = await self._adapters.register(asked, expected, credentials)
         return adapter_pb2.RegisterAdapterResponse(adapter=self._adapter(record))
 
     async def GetAdapter(
@@ -143,7 +145,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return adapter_pb2.AdapterEvent(kind=kind, adapter=self._adapter(event.record))
 
     def _adapter(self, record: AdapterRecord) -> adapter_pb2.Adapter:
-        return adapter_message(record, self._manager.residency(record.digest))
+        link, digest = self._manager.link, record.digest
+        failure = self._manager.shelf.last_failure(digest)
+        leases = self._manager.leases(digest)
+        return adapter_message(record, self._manager.residency(digest), leases, link.last_use.get(digest), failure)
 
 
 class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):

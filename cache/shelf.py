@@ -11,15 +11,15 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from cache import metrics
-from cache.artifact import TARGET_DTYPES, Artifact, BaseDescription
-from cache.builder import Builder
+from cache.artifact import TARGET_DTYPES, Artifact
 from cache.costs import TO_HOST
-from cache.errors import AdapterTooLarge, ArtifactDamaged, SourceChanged, TierFull, VersionNotFound
-from cache.failures import Failures
+from cache.errors import AdapterTooLarge, ArtifactDamaged, TierFull, VersionNotFound
+from cache.failures import Failure, Failures
+from cache.fetcher import Fetcher, Origin
 from cache.plan import Policy, Resident, Wanted, plan
 from cache.residency import Move, Place, moved
 from cache.tiers import ArtifactKey, FileTier
@@ -56,14 +56,6 @@ class Wish:
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What has to be known to make an artifact again: where its adapter came from, and the base."""
-
-    source_uri: str
-    base: BaseDescription
-
-
 class Shelf:
     """See the module.
 
@@ -74,14 +66,14 @@ class Shelf:
 
     def __init__(
         self,
-        builder: Builder,
+        fetcher: Fetcher,
         disk: FileTier,
         host: FileTier,
         origin_of: Callable[[str], Origin | None],
         changed: Callable[[str], None],
     ) -> None:
         self.disk, self.host = disk, host
-        self._builder, self._origin_of, self._changed = builder, origin_of, changed
+        self._fetcher, self._origin_of, self._changed = fetcher, origin_of, changed
         self._held: dict[ArtifactKey, Held] = {}
         self._wishes: dict[ArtifactKey, Wish] = {}
         self._failures = Failures(random.random)
@@ -94,7 +86,8 @@ class Shelf:
         for key, size in on_disk.items():
             self._move(key, Move.FIND, size)
         for key, size in on_host.items():
-            if on_disk.get(key) != size:
+            # Shared memory outlives the process that wrote it, and engines only read it; still, what is served is looked at.
+            if on_disk.get(key) != size or not await asyncio.to_thread(self.host.verify, key):
                 self.host.remove(key)
                 continue
             self._move(key, Move.STAGE)
@@ -135,6 +128,10 @@ class Shelf:
     def failure(self, digest: str) -> ServiceError | None:
         """Why a version cannot be brought up now; None when it may be tried."""
         return self._failures.error(digest, time.monotonic())
+
+    def last_failure(self, digest: str) -> Failure | None:
+        """Why a version could not be brought up last, and when that is tried again; None when nothing was wrong."""
+        return self._failures.last(digest)
 
     def fail(self, digest: str, error: ServiceError) -> None:
         """Notes that a version could not be brought up; it is tried again later and later."""
@@ -221,6 +218,7 @@ class Shelf:
                 self.disk.remove(key)
                 self._move(key, Move.DROP)
             del self._held[key]
+            self._changed(key.digest)
         self._failures.keep_only(alive)
 
     # Jobs: at most one per artifact, each begins with one move and ends with another
@@ -270,10 +268,7 @@ class Shelf:
         origin = self._origin_of(key.digest)
         if origin is None:
             raise VersionNotFound(key.digest)
-        artifact = await self._builder.build(origin.source_uri, replace(origin.base, dtype=key.dtype), traceparent)
-        if artifact.digest != key.digest:
-            raise SourceChanged(origin.source_uri, key.digest, artifact.digest)
-        return await asyncio.to_thread(self.disk.write, key, artifact.packed)
+        return await self._fetcher.fetch(key, origin, traceparent)
 
     async def _stage(self, key: ArtifactKey, traceparent: str) -> int:
         span = start_span("adapter.load host", parent=context_from(traceparent))

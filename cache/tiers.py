@@ -15,7 +15,8 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -120,6 +121,36 @@ class FileTier:
             raise ArtifactDamaged(source.name, other.name) from None
         return size
 
+    def receive(self, key: ArtifactKey, size: int, checksum: str) -> Incoming:
+        """Makes room for an artifact that comes in pieces; see Incoming. Raises TierFull or TierFailed."""
+        room = ExitStack()
+        room.enter_context(self._room_for(key, size))
+        try:
+            return Incoming(self, self.path(key), size, checksum, room)
+        except OSError as error:
+            failure = self.failure(error, self.path(key), size)
+            room.__exit__(type(failure), failure, None)
+            raise failure from None
+
+    def open(self, key: ArtifactKey) -> tuple[BufferedReader, int, str] | None:
+        """An artifact to be read, its bytes and its checksum; None when it is not here. It stays whole when it is removed."""
+        path = self.path(key)
+        try:
+            checksum = _checksum_file(path).read_text()
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        return file, os.fstat(file.fileno()).st_size, checksum
+
+    def verify(self, key: ArtifactKey) -> bool:
+        """Whether an artifact is what was written; reads all of it."""
+        found = self.open(key)
+        if found is None:
+            return False
+        file, _, expected = found
+        with file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == expected
+
     def remove(self, key: ArtifactKey) -> None:
         """Removes an artifact. An engine that has mapped it keeps its mapping."""
         path = self.path(key)
@@ -166,12 +197,21 @@ class FileTier:
 
     def _write_whole(self, path: Path, size: int, write: Callable[[BinaryIO], str]) -> None:
         """Has a file written beside its place, and publishes it there together with the checksum that `write` returns."""
-        token = uuid.uuid4().hex
-        unfinished, unfinished_sum = (path.with_name(f"{path.name}.{token}.{part}{_UNFINISHED}") for part in "ab")
+        unfinished = _beside(path)
         try:
             with unfinished.open("wb") as file:
                 checksum = write(file)
                 _synced(file)
+            self.publish(unfinished, path, checksum)
+        except OSError as error:
+            raise self.failure(error, path, size) from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def publish(self, unfinished: Path, path: Path, checksum: str) -> None:
+        """Gives a synced file its name, and its checksum beside it. Raises OSError."""
+        unfinished_sum = _beside(path)
+        try:
             with unfinished_sum.open("wb") as file:
                 file.write(checksum.encode())
                 _synced(file)
@@ -179,11 +219,8 @@ class FileTier:
             os.replace(unfinished_sum, _checksum_file(path))
             os.replace(unfinished, path)
             self._sync_folder()
-        except OSError as error:
-            raise self._failure(error, path, size) from None
         finally:
-            for left in (unfinished, unfinished_sum):
-                left.unlink(missing_ok=True)
+            unfinished_sum.unlink(missing_ok=True)
 
     def _sync_folder(self) -> None:
         handle = os.open(self.folder, os.O_RDONLY)
@@ -195,15 +232,70 @@ class FileTier:
     def _complete(self, path: Path) -> bool:
         return path.is_file() and _checksum_file(path).is_file()
 
-    def _failure(self, error: OSError, path: Path, needed: int) -> TierFull | TierFailed:
+    def failure(self, error: OSError, path: Path, needed: int) -> TierFull | TierFailed:
+        """What a trouble of the file system means."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return TierFull(self.name, needed, shutil.disk_usage(self.folder).free)
         _log.error("writing %s to the %s tier failed", path, self.name, exc_info=error)
         return TierFailed(self.name, error.strerror or type(error).__name__)
 
 
+class Incoming:
+    """An artifact that comes in pieces: it is in the tier once it is finished, and leaves nothing when it is not. Blocks."""
+
+    def __init__(self, tier: FileTier, path: Path, size: int, checksum: str, room: ExitStack) -> None:
+        self._tier, self._path, self._size, self._checksum, self._room = tier, path, size, checksum, room
+        self._unfinished = _beside(path)
+        self._file = self._unfinished.open("wb")
+        self._total = hashlib.sha256()
+        self._received, self._done = 0, False
+
+    def add(self, content: bytes) -> None:
+        """Takes the next piece; what is more than was announced is counted and not kept. Raises TierFull or TierFailed."""
+        self._received += len(content)
+        if self._received <= self._size:
+            self._total.update(content)
+            with self._failing():
+                self._file.write(content)
+
+    def finish(self) -> bool:
+        """Puts the artifact into the tier; False when it is not what was announced. Raises TierFull or TierFailed."""
+        if self._received != self._size or self._total.hexdigest() != self._checksum:
+            return False
+        with self._failing():
+            _synced(self._file)
+            self._tier.publish(self._unfinished, self._path, self._checksum)
+        self._done = True
+        return True
+
+    def close(self) -> None:
+        """Gives everything back that was taken, unless it is finished."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
+        abandoned = None if self._done else _Abandoned()
+        with suppress(_Abandoned), self._room:
+            if abandoned is not None:
+                raise abandoned
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._tier.failure(error, self._path, self._size) from None
+
+
+class _Abandoned(Exception):
+    """An artifact that came in pieces was not finished."""
+
+
 class _WrongChecksum(Exception):
     """The content read is not what was written."""
+
+
+def _beside(path: Path) -> Path:
+    """A name for a file that is not finished."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
 
 
 def _checksum_file(path: Path) -> Path:

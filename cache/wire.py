@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 
 from cache.artifact import TARGET_DTYPES, BaseDescription
 from cache.engines import LOOK_AHEAD_SECONDS, Command, Engine, Evict, Expected, Load
+from cache.failures import Failure
 from cache.registry import AdapterRecord
 from cache.residency import DevicePlace, Place
 from cache.watchers import Change
@@ -33,9 +35,13 @@ STATES = {
 
 
 def adapter_message(
-    record: AdapterRecord, residency: Iterable[tuple[str, str, Place | DevicePlace]]
+    record: AdapterRecord,
+    residency: Sequence[tuple[str, str, Place | DevicePlace]],
+    leases: Iterable[str],
+    last_use_ms: int | None,
+    failure: Failure | None,
 ) -> adapter_pb2.Adapter:
-    """An adapter and where it is."""
+    """An adapter, where it is, who uses it, and what is wrong with it; `leases` are "node/engine"."""
     adapter = adapter_pb2.Adapter(
         adapter_id=record.adapter_id,
         source_uri=record.source_uri,
@@ -46,15 +52,26 @@ def adapter_message(
         size_bytes=record.size_bytes,
         pinned=record.pinned,
         weight=record.weight,
-        state=STATES[record.state],
+        # Broken, not merely about to be tried again: no node has it in any tier.
+        state=adapter_pb2.Adapter.STATE_FAILED if failure and not residency else STATES[record.state],
         chat_template=record.chat_template,
         target_modules=record.target_modules,
+        source_revision=record.source_revision,
+        leases=[
+            adapter_pb2.Lease(node_id=node_id, engine_id=engine_id)
+            for node_id, _, engine_id in (lease.partition("/") for lease in leases)
+        ],
         residency=[
             adapter_pb2.Residency(node_id=node_id, engine_id=engine_id, tier=TIERS[place])
             for node_id, engine_id, place in residency
         ],
     )
     adapter.create_time.FromMilliseconds(record.create_time_ms)
+    if last_use_ms is not None:
+        adapter.last_use_time.FromMilliseconds(last_use_ms)
+    if failure is not None:
+        adapter.failure.reason, adapter.failure.message = failure.error.reason, failure.error.message
+        adapter.failure.retry_time.FromMilliseconds(int((time.time() + failure.retry_at - time.monotonic()) * 1000))
     return adapter
 
 

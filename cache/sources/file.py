@@ -7,40 +7,51 @@ that stay under the roots are fine: a Hugging Face cache is made of them.
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
-from cache.artifact import WEIGHTS, AdapterFiles
-from cache.errors import MalformedAdapter, SourceNotFound, shown
-from cache.peft_config import FILE as CONFIG
-from cache.sources.source import MAX_CONFIG_BYTES, MAX_TEMPLATE_BYTES, MAX_TOKENIZER_CONFIG_BYTES
+from cache.artifact import AdapterFiles
+from cache.errors import MalformedAdapter, SourceNotFound, SourceTooSlow, shown
+from cache.sources.source import PICKLES, Credentials, Limits, adapter_files, too_large
 from servicekit.errors import InvalidField
-
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
 class FileSource:
-    """Reads adapters from folders under the roots given."""
+    """Reads adapters from folders under the roots given, in threads of its own: a file system may hang for ever."""
 
-    def __init__(self, roots: Sequence[Path], max_weights_bytes: int) -> None:
+    def __init__(self, roots: Sequence[Path], max_weights_bytes: int, limits: Limits | None = None) -> None:
         self._roots = tuple(root.resolve() for root in roots)
-        self._max_weights_bytes = max_weights_bytes
+        self._limits = replace(limits or Limits(), weights_bytes=max_weights_bytes)
+        self._threads = ThreadPoolExecutor(self._limits.at_once, thread_name_prefix="file-source")
+
+    async def look(self, source_uri: str, credentials: Credentials) -> str:
+        """Nothing to ask: the roots are open to every caller, and a folder has no revision; see Source.look."""
+        return ""
+
+    async def fetch(self, source_uri: str, revision: str, credentials: Credentials) -> AdapterFiles:
+        """The adapter's files as they are now; see Source.fetch."""
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, self.read, source_uri)
+        try:
+            return await asyncio.wait_for(reading, self._limits.total_seconds)
+        except TimeoutError:
+            raise SourceTooSlow(source_uri, self._limits.total_seconds) from None
+
+    async def close(self) -> None:
+        """Waits for nobody: a thread may hang in its file system."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def read(self, source_uri: str) -> AdapterFiles:
-        """The files of the adapter folder a file:// URI names; see Source.read."""
+        """The files of the adapter folder a file:// URI names. Blocks."""
         folder = self._checked_folder(source_uri)
-        config = self._file(folder, CONFIG, MAX_CONFIG_BYTES)
-        if config is None:
-            raise MalformedAdapter(CONFIG, "is missing", "MISSING_FILE")
-        weights = self._file(folder, WEIGHTS, self._max_weights_bytes)
-        if weights is None:
-            raise _no_weights(folder)
-        return AdapterFiles(config, weights, self._chat_template(folder))
+        found = {name: self._file(folder, name, limit) for name, limit in self._limits.files.items()}
+        held = {name: content for name, content in found.items() if content is not None}
+        return adapter_files(held, _pickle_of(folder))
 
     def _checked_folder(self, source_uri: str) -> Path:
         path = unquote(source_uri.removeprefix("file://"))
@@ -95,30 +106,8 @@ class FileSource:
             # The size is looked at before anything is read, and reading stops at the limit if the file grows.
             content = file.read(limit + 1) if status.st_size <= limit else b""
         if max(status.st_size, len(content)) > limit:
-            size = max(status.st_size, len(content))
-            message = f"has {size} bytes, the limit is {limit}"
-            raise MalformedAdapter(name, message, "FILE_TOO_LARGE", size_bytes=size, limit=limit)
+            raise too_large(name, max(status.st_size, len(content)), limit)
         return content
-
-    def _chat_template(self, folder: Path) -> str:
-        """The adapter's own chat template; empty when it has none."""
-        name = "chat_template.jinja"
-        raw = self._file(folder, name, MAX_TEMPLATE_BYTES)
-        if raw is not None:
-            with _malformed(name):
-                return raw.decode()
-        name = "tokenizer_config.json"
-        raw = self._file(folder, name, MAX_TOKENIZER_CONFIG_BYTES)
-        if raw is None:
-            return ""
-        with _malformed(name):
-            fields = json.loads(raw)
-            template = fields.get("chat_template") or "" if isinstance(fields, dict) else None
-            # A lone surrogate cannot be encoded, and so not be sent to anyone either.
-            if isinstance(template, str) and len(template.encode()) <= MAX_TEMPLATE_BYTES:
-                return template
-        message = f"chat_template is not one text of at most {MAX_TEMPLATE_BYTES} bytes"
-        raise MalformedAdapter(name, message, "MALFORMED_TEMPLATE", limit=MAX_TEMPLATE_BYTES)
 
 
 def _open_beneath(root: Path, parts: Sequence[str]) -> int:
@@ -135,20 +124,9 @@ def _open_beneath(root: Path, parts: Sequence[str]) -> int:
         os.close(folder)
 
 
-def _no_weights(folder: Path) -> MalformedAdapter:
-    for name in PICKLES:
-        if os.path.lexists(folder / name):
-            message = f"is a pickle, which is never loaded; save the adapter as {WEIGHTS}"
-            return MalformedAdapter(name, message, "PICKLE_REFUSED")
-    return MalformedAdapter(WEIGHTS, "is missing", "MISSING_FILE")
-
-
-@contextmanager
-def _malformed(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError):
-        raise MalformedAdapter(name, "is not what it should be: text, or a JSON object", "MALFORMED_TEMPLATE") from None
+def _pickle_of(folder: Path) -> str:
+    """Name of a file that holds the weights as a pickle; "" when there is none."""
+    return next((name for name in PICKLES if os.path.lexists(folder / name)), "")
 
 
 def _why(error: Exception) -> str:

@@ -25,12 +25,13 @@ from safetensors.numpy import save_file
 from cache import registry_link
 from cache.adapters import Adapters
 from cache.artifact import BaseDescription
+from cache.artifact_service import ArtifactService
 from cache.manager import Manager
 from cache.registry import Registry
 from cache.service import AdapterService, ResidencyService
-from cache.sources import FileSource
+from cache.sources import FileSource, Source
 from cache.tiers import FileTier
-from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
+from loraplex.cache.v1 import artifact_pb2_grpc, residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2_grpc
 from servicekit.server import Server
 
@@ -238,13 +239,18 @@ CacheMaker = Callable[..., Any]
 
 @asynccontextmanager
 async def serve_cache(
-    url: str, folder: Path, node_id: str = "node-0", host_bytes: int = 1 << 24, disk_bytes: int = 1 << 24
+    url: str,
+    folder: Path,
+    node_id: str = "node-0",
+    host_bytes: int = 1 << 24,
+    disk_bytes: int = 1 << 24,
+    source: Source | None = None,
 ) -> AsyncIterator[Cache]:
     root = folder / "root"
     root.mkdir(parents=True, exist_ok=True)
     manager = Manager(
         Registry(url, "test"),
-        FileSource([root], 1 << 24),
+        source or FileSource([root], 1 << 24),
         FileTier("disk", folder / f"disk-{node_id}", disk_bytes),
         FileTier("host", folder / f"host-{node_id}", host_bytes),
         node_id,
@@ -255,7 +261,11 @@ async def serve_cache(
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
+    tiers = (manager.shelf.disk, manager.shelf.host)
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
     await server.start("127.0.0.1:0", ["loraplex.v1.AdapterService"])
+    manager.link.address = f"127.0.0.1:{server.port}"
+    manager.link.beat_soon()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         try:
             yield Cache(manager, server, channel, root, folder)

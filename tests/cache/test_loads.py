@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from cache.artifact import AdapterFiles
 from cache.engines import LOOK_AHEAD_SECONDS
 from cache.residency import Place
+from cache.sources import FileSource
 from cache.tiers import ArtifactKey
 from loraplex.cache.v1 import residency_pb2
 from loraplex.v1 import adapter_pb2 as pb
@@ -35,24 +36,24 @@ from tests.cache.test_service import get, refused, register, tiers
 SIZE = 2_000
 
 
-class SlowSource:
+class SlowSource(FileSource):
     """A source that can be held up."""
 
-    def __init__(self, source: Any) -> None:
-        self.source, self.go_on, self.reads = source, threading.Event(), 0
+    def __init__(self, root: Path) -> None:
+        super().__init__([root], 1 << 24)
+        self.go_on, self.reads = threading.Event(), 0
         self.go_on.set()
 
     def read(self, source_uri: str) -> AdapterFiles:
         self.reads += 1
         assert self.go_on.wait(10)
-        files: AdapterFiles = self.source.read(source_uri)
-        return files
+        return super().read(source_uri)
 
 
 @contextlib.asynccontextmanager
 async def served(store: Store, folder: Path, **sizes: Any) -> AsyncIterator[tuple[Cache, FakeEngine, SlowSource]]:
     async with serve_cache(store.url, folder, **sizes) as cache:
-        slow = cache.manager.builder._source = SlowSource(cache.manager.builder._source)
+        slow = cache.manager.builder.source = SlowSource(cache.root)
         engine = FakeEngine(cache.residency)
         await engine.attach()
         yield cache, engine, slow

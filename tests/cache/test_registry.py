@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from cache import registry_link
 from cache.keys import Keys
-from cache.registry import AdapterRecord, Registry
+from cache.registry import AdapterRecord, Beat, NodeState, Registry
 from cache.tiers import ArtifactKey
 from cache.view import View
 from cache.watchers import Change
@@ -193,20 +194,33 @@ async def test_a_write_that_replaces_something_else_is_not_made(store: Store) ->
     await registry.close()
 
 
+def beat(
+    node_id: str,
+    held: dict[str, list[str]] | None = None,
+    renewed: Iterable[tuple[str, str]] = (),
+    ended: Iterable[tuple[str, str]] = (),
+    used: Iterable[str] = (),
+    since_ms: int = 0,
+) -> Beat:
+    state = NodeState("", "run", 0, held or {})
+    return Beat(node_id, state, frozenset(renewed), frozenset(ended), frozenset(used), since_ms)
+
+
 async def test_leases_end_when_they_are_given_back_and_when_their_owner_is_silent(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cache.registry.NODE_TTL_MS", 300)
     registry = Registry(store.url, "test")
     mine, yours = ("n0/e", "d0"), ("n1/e", "d1")
-    await registry.heartbeat("n1", {"d1": ["disk"]}, [yours], [])
-    pulse = await registry.heartbeat("n0", {}, [mine], [])
-    assert pulse.leases == {mine, yours} and pulse.residency["n1"] == {"d1": ["disk"]}
-    assert (await registry.heartbeat("n0", {}, [], [mine])).leases == {yours}
+    await registry.heartbeat(beat("n1", {"d1": ["disk"]}, renewed=[yours], used=["d1"]))
+    pulse = await registry.heartbeat(beat("n0", renewed=[mine]))
+    assert pulse.leases == {mine, yours} and pulse.nodes["n1"].held == {"d1": ["disk"]}
+    assert pulse.last_use.keys() == {"d1"} and 0 <= pulse.now_ms - pulse.last_use["d1"] < 300
+    assert (await registry.heartbeat(beat("n0", ended=[mine], since_ms=pulse.now_ms + 1))).leases == {yours}
     await asyncio.sleep(0.4)
     # What the dead held is taken back by the living
-    pulse = await registry.heartbeat("n0", {}, [mine], [])
-    assert pulse.leases == {mine} and pulse.residency.keys() == {"n0"}
+    pulse = await registry.heartbeat(beat("n0", renewed=[mine]))
+    assert pulse.leases == {mine} and pulse.nodes.keys() == {"n0"}
     await registry.close()
 
 

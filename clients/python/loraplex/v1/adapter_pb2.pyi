@@ -99,6 +99,10 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    SOURCE_REVISION_FIELD_NUMBER: _builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """1 to 128 characters of letters, digits, ".", "_", "-" and "/", starting
     with a letter or digit.
@@ -125,6 +129,10 @@ class Adapter(_message.Message):
     """What can be asked of it."""
     chat_template: _builtins.str
     """Its own chat template; empty when it uses the base's."""
+    source_revision: _builtins.str
+    """What the source said it was when this version was read: a commit, an ETag
+    or version ids. Empty when the source has no such thing.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this version was registered."""
@@ -136,6 +144,18 @@ class Adapter(_message.Message):
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Kinds of modules it changes, for example "q_proj"."""
+
+    @_builtins.property
+    def last_use_time(self) -> _timestamp_pb2.Timestamp:
+        """When a sequence last used it, to the heartbeat; unset when none ever did."""
+
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
+        """The engines whose sequences use or wait for it."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why it cannot be brought up on the node that answers; unset when it can."""
 
     def __init__(
         self,
@@ -154,14 +174,76 @@ class Adapter(_message.Message):
         residency: _abc.Iterable[Global___Residency] | None = ...,
         chat_template: _builtins.str = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        source_revision: _builtins.str = ...,
+        last_use_time: _timestamp_pb2.Timestamp | None = ...,
+        leases: _abc.Iterable[Global___Lease] | None = ...,
+        failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """The right of an engine's sequences to rely on an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node."""
+    engine_id: _builtins.str
+    """The engine."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        engine_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class Failure(_message.Message):
+    """Why an adapter cannot be brought up, and when that is tried again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_TIME_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """ErrorInfo.reason."""
+    message: _builtins.str
+    """For people."""
+    @_builtins.property
+    def retry_time(self) -> _timestamp_pb2.Timestamp:
+        """Until then it is refused without being tried."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        retry_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_time", b"retry_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "retry_time", b"retry_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class Residency(_message.Message):
@@ -271,6 +353,7 @@ class RegisterAdapterRequest(_message.Message):
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    CREDENTIALS_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id to register it under; see Adapter.adapter_id."""
     source_uri: _builtins.str
@@ -285,6 +368,12 @@ class RegisterAdapterRequest(_message.Message):
     """Share of service relative to other adapters, above 0 and at most 1000;
     unset means 1.
     """
+    @_builtins.property
+    def credentials(self) -> Global___SourceCredentials:
+        """The caller's own right to read the source; unset means what the server
+        was given for that source, or none. Used for this call and not kept.
+        """
+
     def __init__(
         self,
         *,
@@ -293,10 +382,11 @@ class RegisterAdapterRequest(_message.Message):
         expected_digest: _builtins.str | None = ...,
         pinned: _builtins.bool = ...,
         weight: _builtins.float | None = ...,
+        credentials: Global___SourceCredentials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "expected_digest", b"expected_digest", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "credentials", b"credentials", "expected_digest", b"expected_digest", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "adapter_id", b"adapter_id", "expected_digest", b"expected_digest", "pinned", b"pinned", "source_uri", b"source_uri", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "adapter_id", b"adapter_id", "credentials", b"credentials", "expected_digest", b"expected_digest", "pinned", b"pinned", "source_uri", b"source_uri", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
     _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
@@ -308,6 +398,40 @@ class RegisterAdapterRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___RegisterAdapterRequest: _TypeAlias = RegisterAdapterRequest  # noqa: Y015
+
+@_typing.final
+class SourceCredentials(_message.Message):
+    """A caller's right to read a source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    ACCESS_KEY_ID_FIELD_NUMBER: _builtins.int
+    SECRET_ACCESS_KEY_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """Bearer token, for hf:// and https://."""
+    access_key_id: _builtins.str
+    """Key id, for s3://."""
+    secret_access_key: _builtins.str
+    """Secret of the key, for s3://."""
+    session_token: _builtins.str
+    """Session token of temporary keys, for s3://."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        access_key_id: _builtins.str = ...,
+        secret_access_key: _builtins.str = ...,
+        session_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_key_id", b"access_key_id", "secret_access_key", b"secret_access_key", "session_token", b"session_token", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceCredentials: _TypeAlias = SourceCredentials  # noqa: Y015
 
 @_typing.final
 class RegisterAdapterResponse(_message.Message):

@@ -85,15 +85,19 @@ class AdapterServiceServicer(object):
         running requests keep the old one.
 
         Errors:
-        - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots,
-        or files that are not a well-formed adapter.
+        - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
+        or networks, https:// without expected_digest, or files that are not a
+        well-formed adapter.
         - NOT_FOUND: nothing at the source.
+        - PERMISSION_DENIED: the source does not let this caller read it; asked
+        in every call, also when the adapter is here already.
+        - DEADLINE_EXCEEDED: the source did not deliver in time.
         - FAILED_PRECONDITION: well formed, but not servable on this base; the
         metadata names the PEFT feature, the tensor or the limit.
-        - UNIMPLEMENTED: a source scheme this server does not serve yet.
+        - UNIMPLEMENTED: a source scheme this server is not set up to serve.
         - RESOURCE_EXHAUSTED: no room on disk.
-        - UNAVAILABLE: the registry cannot be reached, or no engine has described
-        the base yet; safe to retry.
+        - UNAVAILABLE: the registry or the source cannot be reached, or no engine
+        has described the base yet; safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,15 +42,19 @@ class AdapterServiceStub:
     running requests keep the old one.
 
     Errors:
-    - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots,
-      or files that are not a well-formed adapter.
+    - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
+      or networks, https:// without expected_digest, or files that are not a
+      well-formed adapter.
     - NOT_FOUND: nothing at the source.
+    - PERMISSION_DENIED: the source does not let this caller read it; asked
+      in every call, also when the adapter is here already.
+    - DEADLINE_EXCEEDED: the source did not deliver in time.
     - FAILED_PRECONDITION: well formed, but not servable on this base; the
       metadata names the PEFT feature, the tensor or the limit.
-    - UNIMPLEMENTED: a source scheme this server does not serve yet.
+    - UNIMPLEMENTED: a source scheme this server is not set up to serve.
     - RESOURCE_EXHAUSTED: no room on disk.
-    - UNAVAILABLE: the registry cannot be reached, or no engine has described
-      the base yet; safe to retry.
+    - UNAVAILABLE: the registry or the source cannot be reached, or no engine
+      has described the base yet; safe to retry.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Returns one adapter.
@@ -103,15 +107,19 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     running requests keep the old one.
 
     Errors:
-    - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots,
-      or files that are not a well-formed adapter.
+    - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
+      or networks, https:// without expected_digest, or files that are not a
+      well-formed adapter.
     - NOT_FOUND: nothing at the source.
+    - PERMISSION_DENIED: the source does not let this caller read it; asked
+      in every call, also when the adapter is here already.
+    - DEADLINE_EXCEEDED: the source did not deliver in time.
     - FAILED_PRECONDITION: well formed, but not servable on this base; the
       metadata names the PEFT feature, the tensor or the limit.
-    - UNIMPLEMENTED: a source scheme this server does not serve yet.
+    - UNIMPLEMENTED: a source scheme this server is not set up to serve.
     - RESOURCE_EXHAUSTED: no room on disk.
-    - UNAVAILABLE: the registry cannot be reached, or no engine has described
-      the base yet; safe to retry.
+    - UNAVAILABLE: the registry or the source cannot be reached, or no engine
+      has described the base yet; safe to retry.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Returns one adapter.
@@ -167,15 +175,19 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         running requests keep the old one.
 
         Errors:
-        - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots,
-          or files that are not a well-formed adapter.
+        - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
+          or networks, https:// without expected_digest, or files that are not a
+          well-formed adapter.
         - NOT_FOUND: nothing at the source.
+        - PERMISSION_DENIED: the source does not let this caller read it; asked
+          in every call, also when the adapter is here already.
+        - DEADLINE_EXCEEDED: the source did not deliver in time.
         - FAILED_PRECONDITION: well formed, but not servable on this base; the
           metadata names the PEFT feature, the tensor or the limit.
-        - UNIMPLEMENTED: a source scheme this server does not serve yet.
+        - UNIMPLEMENTED: a source scheme this server is not set up to serve.
         - RESOURCE_EXHAUSTED: no room on disk.
-        - UNAVAILABLE: the registry cannot be reached, or no engine has described
-          the base yet; safe to retry.
+        - UNAVAILABLE: the registry or the source cannot be reached, or no engine
+          has described the base yet; safe to retry.
         """
 
     @_abc_1.abstractmethod
