@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.accounts import Where
-from router.flows import MICRO, Flows, Tariff, Ticket
+from router.flows import MICRO, Flows, Tariff, Ticket, Work
 
 TARIFF = Tariff.of(1, 2)
 ON_DEVICE = frozenset({"engine-0"})
@@ -159,8 +159,8 @@ def test_corrections_do_not_drift(weight: float, totals: list[tuple[int, int]]) 
         flows.charge(ticket, prompt, output)
     # Then only the last totals count, to the last micro-token
     numerator, denominator = weight.as_integer_ratio()
-    assert flows.charge_of("t", "a") == TARIFF.cost(*totals[-1]) * denominator // numerator
-    assert flows.charge_of("t") == TARIFF.cost(*totals[-1])
+    assert flows.charge_of("t", "a") == TARIFF.cost(Work(*totals[-1])) * denominator // numerator
+    assert flows.charge_of("t") == TARIFF.cost(Work(*totals[-1]))
 
 
 def test_names_without_end_do_not_fill_the_memory() -> None:
