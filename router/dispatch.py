@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router import metrics
-from router.accounts import Where
+from router.accounts import Question, Where
 from router.admission import Limits, Reject, ServiceRate, admit
 from router.cache_link import Moved
 from router.errors import AnswerLost, Draining, EngineBrokeContract, NoEngine, QueueFull
@@ -128,7 +128,9 @@ class Dispatcher:
     def _fill(self) -> None:
         """Gives free places to those who are next."""
         seats = self._seats.values()
-        while ticket := self._flows.pick(lambda where: any(engine.can_take(where) for engine in seats)):
+        while ticket := self._flows.pick(*self._questions(keep=self._flows.is_shared)) or (
+            self._flows.pick_newcomer(*self._questions(keep=False)) if self._flows.is_shared else None
+        ):
             request = self._queued.pop(ticket.number)
             chosen = choose(ticket.where, seats)
             if chosen is None:
@@ -136,6 +138,18 @@ class Dispatcher:
             self._send(request, chosen)
         metrics.QUEUED.set(self._flows.queued)
         metrics.RUNNING.set(sum(engine.taken for engine in seats))
+
+    def _questions(self, keep: bool) -> tuple[Question, Question]:
+        """Whether a request for an adapter could be dispatched, and to an engine that has it."""
+        seats = self._seats.values()
+
+        def is_open(where: Where) -> bool:
+            return any(engine.can_take(where, engine.kept if keep else 0) for engine in seats)
+
+        def is_warm(where: Where) -> bool:
+            return any(engine.has(where) and engine.can_take(where, engine.kept if keep else 0) for engine in seats)
+
+        return is_open, is_warm
 
     def _send(self, request: Request, seats: _Seats) -> None:
         now = self._now()
@@ -153,6 +167,8 @@ class Dispatcher:
         seats.taken += 1
         if not seats.has(self._where(request.adapter.digest)):
             seats.loading.add(request.sequence_id)
+            if request.ticket:
+                self._flows.loading(request.ticket, engine.engine_id)
         self._next_stage(request, "dispatch")
         engine.submit(
             Sequence(
@@ -216,6 +232,8 @@ class Dispatcher:
         if output.started:
             request.started = output.started
             seats.loading.discard(request.sequence_id)
+            if request.ticket:
+                self._flows.loaded(request.ticket)
         if output.text or output.token_ids:
             if request.first_token_at is None:
                 request.first_token_at = self._now()

@@ -47,7 +47,7 @@ T_f + l_f <= T_g + l_g + X_g + Q at e, or that g reaches that later:
   - f was lifted to the highest pick, of some h: at that pick h stood to g as f does in the first two cases. To the one
     served last: then nobody was backlogged, and g has been lifted since to no less than f's charge or f's pick.
 The same holds with f and g exchanged. W_f - W_g in the interval is D at its end less D at its beginning, and so at most
-R_f + X_g + Q + R_g + X_f + Q. Q enters only where one of the two was cold. QED. bench/fairness/traces.py measures it on random traces.
+R_f + X_g + Q + R_g + X_f + Q. Q enters only where one of the two was cold. QED. bench/fairness/traces.py tries it.
 
 Cost: picking takes O(log n) for n backlogged adapters, times the few distinct sets of engines that adapters are on;
 charging takes O(1).
@@ -103,11 +103,21 @@ class Flows:
         self._tickets = 0
         self.queued = 0
         self.queued_tokens = 0
+        # Weights of those with requests that wait, for estimates only: sums of floats may drift by a rounding.
+        self.waiting_weight = 0.0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether more than one tenant is known, so that places should be kept for those who come."""
+        return len(self._tenants) > 1
 
     def account(self, tenant: str, digest: str | None = None) -> Account | None:
         """The account of a tenant, or of one of its adapters; None when it is not known. To be read only."""
         found = self._tenants.get(tenant)
         return found if found is None or digest is None else found.flows.get(digest)
+
+    def weight_of(self, tenant: str) -> float:
+        return self._tenant_weights.get(tenant, 1.0)
 
     def accounts(self) -> Iterable[Tenant]:
         """All tenants that are known."""
@@ -120,6 +130,11 @@ class Flows:
     def queued_by(self, tenant: str) -> int:
         account = self.account(tenant)
         return account.queued if account else 0
+
+    def queued_for(self, digest: str) -> tuple[int, int]:
+        """Requests that wait for an adapter, all tenants together, and their tokens."""
+        flows = self._by_digest.get(digest, ())
+        return sum(flow.queued for flow in flows), sum(flow.queued_tokens for flow in flows)
 
     def charge_of(self, tenant: str, digest: str | None = None) -> int:
         """Charge of a tenant, or of one of its adapters, in micro-tokens; 0 when it is not known."""
@@ -137,6 +152,8 @@ class Flows:
     ) -> Ticket:
         """Appends a request to its flow. Ids that share a digest share the flow; the weight given last is in force."""
         flow = self._flow(tenant, digest, where)
+        if flow.queue:
+            flow.tenant.waiting_weight += weight - flow.weight
         flow.set_weight(weight)
         self._tickets += 1
         ticket = Ticket(self._tickets, flow, prompt_tokens, most_output)
@@ -225,6 +242,7 @@ class Flows:
         flows = [flow for flow in found.flows.values() if flow.queue] if found else []
         if not flows:
             return None
+        # By digest where claims are equal, so that every run decides alike.
         last = max(flows, key=lambda flow: (self.claim(flow), flow.digest))
         return next(reversed(last.queue.values()))
 
@@ -353,7 +371,7 @@ class Flows:
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             tenant = self._tenants[tenant_name] = Tenant(tenant_name)
-            tenant.set_weight(self._tenant_weights.get(tenant_name, 1.0))
+            tenant.set_weight(self.weight_of(tenant_name))
         flow = tenant.flows.get(digest)
         if flow is None:
             flow = tenant.flows[digest] = Flow(tenant, digest)
@@ -369,8 +387,10 @@ class Flows:
         if not tenant.queued:
             tenant.lift(self.level.level())
             self._backlogged[tenant.name] = tenant
+            self.waiting_weight += tenant.weight
         if not flow.queue:
             flow.lift(tenant.level.level())
+            tenant.waiting_weight += flow.weight
         flow.queue[ticket.number] = ticket
         self._count(ticket, 1)
         if flow.listed_at is False:
@@ -380,10 +400,13 @@ class Flows:
         flow = ticket.flow
         del flow.queue[ticket.number]
         self._count(ticket, -1)
+        tenant = flow.tenant
         if not flow.queue:
             self._list(flow, False)
-        if not flow.tenant.queued:
-            del self._backlogged[flow.tenant.name]
+            tenant.waiting_weight -= flow.weight
+        if not tenant.queued:
+            del self._backlogged[tenant.name]
+            self.waiting_weight -= tenant.weight
 
     def _count(self, ticket: Ticket, sign: int) -> None:
         if sign > 0:

@@ -37,8 +37,14 @@ class Places:
         """Whether an adapter that is on these engines is on this one."""
         return where is None or self.engine_id in where
 
-    def can_take(self, where: Where) -> bool:
-        return self.taken < self.max_sequences and (self.has(where) or len(self.loading) < self.max_loading)
+    @property
+    def kept(self) -> int:
+        """Places that are kept for tenants that have nothing on engines."""
+        return (self.max_sequences + 8) // 16
+
+    def can_take(self, where: Where, kept: int = 0) -> bool:
+        has_room = self.taken + kept < self.max_sequences
+        return has_room and (self.has(where) or len(self.loading) < self.max_loading)
 
 
 P = TypeVar("P", bound=Places)

@@ -47,13 +47,15 @@ class Tariff:
 class Tenant(Account):
     """A tenant's account, and its flows."""
 
-    __slots__ = ("flows", "level", "name")
+    __slots__ = ("flows", "level", "name", "waiting_weight")
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
         self.flows: dict[str, Flow] = {}
         self.level: Level[Flow] = Level()
+        # Of its flows with requests that wait; for estimates only.
+        self.waiting_weight = 0.0
 
 
 class Flow(Account):

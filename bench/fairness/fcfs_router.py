@@ -21,6 +21,10 @@ class FcfsFlows(Flows):
     def pick(self, is_open: Callable[[Where], bool], *rest: Any, **more: Any) -> Ticket | None:
         return super().pick(lambda where: is_open(None))
 
+    @property
+    def is_shared(self) -> bool:
+        return False
+
 
 if __name__ == "__main__":
     setattr(router.dispatch, "Flows", FcfsFlows)  # noqa: B010

@@ -260,15 +260,16 @@ class Model(RuleBasedStateMachine):
             return not only_on_device or where == ON_DEVICE
 
         open_ = [key for key, queue in self.queues.items() if queue and is_open(self.where[key[1]])]
+        tenants = {tenant: self.flows.charge_of(tenant) for tenant, _ in open_}
+        flows = {key: self.flows.charge_of(*key) for key in open_}
         ticket = self.flows.pick(is_open)
         if not open_:
             assert ticket is None
             return
         assert ticket
-        least = min(self.flows.charge_of(tenant) for tenant, _ in open_)
-        assert self.flows.charge_of(ticket.tenant) == least
-        own = [key for key in open_ if key[0] == ticket.tenant]
-        assert self.flows.charge_of(ticket.tenant, ticket.digest) == min(self.flows.charge_of(*key) for key in own)
+        assert tenants[ticket.tenant] == min(tenants.values())
+        own = [charge for key, charge in flows.items() if key[0] == ticket.tenant]
+        assert flows[ticket.tenant, ticket.digest] == min(own)
         assert self.queues[ticket.tenant, ticket.digest].pop(0) is ticket
         self.picked.append(ticket)
 
