@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 # Engines that have an adapter on their device; None: served by every engine (the base).
@@ -48,8 +48,6 @@ class Account:
             self.lifted += level - self.charge
             self.charge = level
 
-
-_NOWHERE: Where = frozenset()
 
 A = TypeVar("A", bound=Account)
 
@@ -135,9 +133,15 @@ class Level(Generic[A]):
         self._last = account
 
     @property
-    def is_warm(self) -> bool:
-        """Whether any of its accounts is for an adapter that is on a device."""
-        return any(where != _NOWHERE for where in self._orders)
+    def wheres(self) -> Iterable[Where]:
+        """The distinct places its accounts could be served at."""
+        return self._orders.keys()
+
+    def covers(self, where: Where) -> bool:
+        """Whether any of its accounts could be served on each of these engines."""
+        if not where or None in self._orders:
+            return where in self._orders or (where is not None and bool(self._orders))
+        return not where.difference(*(other for other in self._orders if other))
 
     def is_in(self, where: Where) -> bool:
         return where in self._orders
@@ -158,4 +162,5 @@ class Level(Generic[A]):
 
 
 def _anywhere(where: Where) -> bool:
+    """Whether an account is anywhere at all."""
     return True

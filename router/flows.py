@@ -13,38 +13,41 @@ The law:
    within an adapter, requests keep the order of their arrival. Only adapters that could be served now take part. One
    that is on the device of an engine with room (warm) goes before one that is not (cold) while its charge is no more
    than Q above; beyond, the cold one is sent to an engine all the same, to wait there: one request for each adapter.
+   The last places of an engine are kept for tenants that have nothing on engines; one takes them that is no more than Q
+   above the least of all. So who asks now and then does not wait for the end of somebody's answer.
 4. Whoever becomes backlogged is lifted to the least charge among the backlogged; when nobody is, to the charge of the
    one served last. Never is it lifted to less than the highest charge at which anyone was ever picked. So idle time
    earns nothing, whether the others were busy or not. Who could not be served for a while keeps its turn, and is
    lifted to Q below that charge: a load that took a minute does not earn a minute of the engines.
 5. When a request waits on an engine for its adapter, which could be loaded at once, and others have got Q ahead of its
-   flow since, then the device is full of adapters in use. The one of them whose tenant, then flow, has received most
-   gets no new sequences there until the request can go on. So no adapter waits for ever for its place on a device.
+   flow since, then the device is full of adapters in use. The one of them (or of those about to be) whose tenant, then
+   flow, has received most gets no new sequences there until the request can go on. So no adapter waits for ever for
+   its place on a device.
 6. Work that was done stays charged, whether the request was cancelled or answered.
 
 The bound. Let f and g be two flows of one level that are backlogged and could be served all through an interval, and W
 the work done for a flow in it, divided by its weight. Then
 
-    |W_f - W_g| <= 2 (U + Q),  U = R + X,      and 2 U if neither waited for its adapter before or in the interval,
+    |W_f - W_g| <= U_f + U_g + 2 Q,  U_f = R_f + X_f,      and without Q if neither waited for its adapter,
 
-where R is the most work that can remain to be done for what a flow has on engines, and X the most that a flow can be
-charged in advance. If engines hold at most M tokens of prompts and answers at a time, R and X are each at most
-max(prompt_weight, output_weight) · M plus the loads of that many adapters, over the least weight; for one engine and
-exact estimates that is VTC's 2 · output_weight · M (arXiv 2401.00588), and Q.
+where R_f is the most work that can remain to be done for what f has on engines, and X_f the most that f can be charged in
+advance, both divided by its weight. If engines hold at most M tokens of prompts and answers at a time, each of the two is
+at most max(prompt_weight, output_weight) · M / weight, and the loads. (With nothing charged in advance, U is that of VTC,
+arXiv 2401.00588. What is charged in advance widens what can be proven, and halves what is seen.)
 
 Proof. Let T_f be all work done for f, l_f what it was lifted by, x_f what it has been charged in advance, r_f what
-remains to be done on engines: charge_f = T_f + l_f + x_f, 0 <= x_f <= X, 0 <= r_f <= R. Let D(t) = (T_f + l_f) -
-(T_g + l_g) while both are backlogged. Claim: D(t) <= U + Q. Let e be the last time up to t when f was picked or lifted.
-After e, T_f grows by r_f(e) <= R at most, l_f not at all, and T_g + l_g never falls. So it is enough that
-T_f + l_f <= T_g + l_g + X + Q at e, or that g reaches that later:
-  - f was picked, and g was backlogged and open: by 3, charge_f <= charge_g + Q. As x_f >= 0 and x_g <= X, it holds.
+remains to be done on engines: charge_f = T_f + l_f + x_f, 0 <= x_f <= X_f, 0 <= r_f <= R_f. Let D(t) = (T_f + l_f) -
+(T_g + l_g) while both are backlogged. Claim: D(t) <= R_f + X_g + Q. Let e be the last time up to t when f was picked or lifted.
+After e, T_f grows by r_f(e) <= R_f at most, l_f not at all, and T_g + l_g never falls. So it is enough that
+T_f + l_f <= T_g + l_g + X_g + Q at e, or that g reaches that later:
+  - f was picked, and g was backlogged and open: by 3, charge_f <= charge_g + Q. As x_f >= 0 and x_g <= X_g, it holds.
   - f was picked, and g was not backlogged or not open: g has been lifted since to no less than the highest pick, less
     Q if it was not open (4), so charge_g >= charge_f(e) - Q then, and the same follows.
   - f was lifted to the least of the backlogged: that is no more than charge_g, or g was lifted later by the same rule.
   - f was lifted to the highest pick, of some h: at that pick h stood to g as f does in the first two cases. To the one
     served last: then nobody was backlogged, and g has been lifted since to no less than f's charge or f's pick.
 The same holds with f and g exchanged. W_f - W_g in the interval is D at its end less D at its beginning, and so at most
-2 (U + Q). Q enters only where one of the two was cold. QED. bench/fairness/traces.py measures it on random traces.
+R_f + X_g + Q + R_g + X_f + Q. Q enters only where one of the two was cold. QED. bench/fairness/traces.py measures it on random traces.
 
 Cost: picking takes O(log n) for n backlogged adapters, times the few distinct sets of engines that adapters are on;
 charging takes O(1).
@@ -84,6 +87,8 @@ class Flows:
         self._tenant_weights = dict(tenant_weights or {})
         self._is_loadable = is_loadable
         self.level: Level[Tenant] = Level()
+        # Those of them that have nothing on engines.
+        self._newcomers: Level[Tenant] = Level()
         self._tenants: dict[str, Tenant] = {}
         self._backlogged: dict[str, Tenant] = {}
         self._by_digest: dict[str, set[Flow]] = {}
@@ -153,23 +158,20 @@ class Flows:
             is_open: whether a request for an adapter that is on these engines could be dispatched now.
             is_warm: whether it could, to an engine that has the adapter; left out, wherever it is open.
         """
-        flow = self._next(is_open, is_warm or is_open)
-        if flow is None:
+        is_warm = is_warm or is_open
+        flow = self._next(self.level, is_open, is_warm)
+        if flow is not None and self._make_room(flow):
+            flow = self._next(self.level, is_open, is_warm)
+        return self._take(flow) if flow else None
+
+    def pick_newcomer(self, is_open: Question, is_warm: Question | None = None) -> Ticket | None:
+        """The same among tenants that have nothing on engines, for the places that are kept for them; None unless the next of
+        them is no more than Q above all that are open."""
+        flow = self._next(self._newcomers, is_open, is_warm or is_open)
+        least = self.level.least(is_open)
+        if flow is None or least is None or flow.tenant.charge > least.charge + self._window:
             return None
-        if self._make_room(flow):
-            flow = self._next(is_open, is_warm or is_open)
-            if flow is None:
-                return None
-        self.level.served(flow.tenant)
-        flow.tenant.level.served(flow)
-        ticket = next(iter(flow.queue.values()))
-        self._remove(ticket)
-        flow.running += 1
-        flow.tenant.running += 1
-        self._running[ticket.number] = ticket
-        ticket.open_account()
-        self._settle(ticket, Work(ticket.prompt_tokens))
-        return ticket
+        return self._take(flow)
 
     def charge(self, ticket: Ticket, prompt_tokens: int, output_tokens: int, load_bytes: int = 0) -> None:
         """Makes what is charged for a request the cost of this work, whatever was charged for it before."""
@@ -230,38 +232,62 @@ class Flows:
         """What an account has received, and would have received with all it waits for, in weighted tokens."""
         return (account.charge + self._tariff.output * account.queued_tokens / account.weight) / MICRO
 
-    def _next(self, is_open: Question, is_warm: Question) -> Flow | None:
-        tenant = self.level.next(is_open, is_warm, self._window)
+    def _next(self, level: Level[Tenant], is_open: Question, is_warm: Question) -> Flow | None:
+        tenant = level.next(is_open, is_warm, self._window)
         return tenant.level.next(is_open, is_warm, self._window) if tenant else None
+
+    def _take(self, flow: Flow) -> Ticket:
+        """Takes the first request of a flow to an engine."""
+        tenant = flow.tenant
+        self.level.served(tenant)
+        tenant.level.served(flow)
+        ticket = next(iter(flow.queue.values()))
+        if not tenant.running:
+            for where in tenant.level.wheres:
+                self._newcomers.leave(tenant, where)
+        flow.running += 1
+        tenant.running += 1
+        self._running[ticket.number] = ticket
+        self._remove(ticket)
+        ticket.open_account()
+        self._settle(ticket, Work(ticket.prompt_tokens))
+        return ticket
 
     def _settle(self, ticket: Ticket, work: Work) -> None:
         ticket.work = work
-        output = max(work.output_tokens, ticket.expected_output)
-        change, tenant_change = ticket.pay(self._tariff.cost(Work(work.prompt_tokens, output, work.load_bytes)))
+        ticket.cost = self._tariff.cost(work)
+        in_advance = max(0, ticket.expected_output - work.output_tokens)
+        change, tenant_change = ticket.pay(ticket.cost + self._tariff.output * in_advance)
         flow, tenant = ticket.flow, ticket.flow.tenant
         flow.charge += change
         tenant.charge += tenant_change
         if change < 0 or tenant_change < 0:
             tenant.level.fell(flow)
             self.level.fell(tenant)
+            self._newcomers.fell(tenant)
 
     def _make_room(self, picked: Flow) -> bool:
-        """Holds an adapter back if a request has waited its bound for room on a device; returns whether it did."""
-        if self._held:
-            return False
+        """Holds an adapter back if a request has waited its bound for room on a device; returns whether that is news."""
         for ticket, engine_id in self._loading.items():
             if _lead(picked, ticket.flow) > self._window and self._is_loadable(ticket.digest):
-                in_use = [
-                    other.flow
-                    for other in self._running.values()
-                    if other.digest != ticket.digest and other.where is not None and engine_id in other.where
-                ]
-                if in_use:
-                    digest = max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)).digest
-                    self._held = (digest, ticket, engine_id)
-                    self._refresh(digest)
-                    return True
+                return self._hold(ticket, engine_id, picked)
         return False
+
+    def _hold(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
+        in_use = [
+            flow
+            for flow in (picked, *(other.flow for other in self._running.values()))
+            if flow.digest != ticket.digest and engine_id in (self._where[flow.digest] or ())
+        ]
+        if not in_use:
+            return False
+        held = (max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)).digest, ticket, engine_id)
+        before, self._held = self._held, held
+        if before == held:
+            return False
+        for digest in {held[0], before[0] if before else held[0]}:
+            self._refresh(digest)
+        return True
 
     def _release(self, ticket: Ticket) -> None:
         """Lets an adapter go on that was held back for a request."""
@@ -273,7 +299,11 @@ class Flows:
     def _leave_engine(self, ticket: Ticket) -> None:
         del self._running[ticket.number]
         ticket.flow.running -= 1
-        ticket.flow.tenant.running -= 1
+        tenant = ticket.flow.tenant
+        tenant.running -= 1
+        if not tenant.running:
+            for where in tenant.level.wheres:
+                self._newcomers.enter(tenant, where)
         self.loaded(ticket)
 
     def _servable(self, digest: str) -> Where | bool:
@@ -303,16 +333,20 @@ class Flows:
             tenant.level.leave(flow, was_at)
             if not tenant.level.is_in(was_at):
                 self.level.leave(tenant, was_at)
+                if not tenant.running:
+                    self._newcomers.leave(tenant, was_at)
         flow.listed_at = at
         if not isinstance(at, bool):
             flow.where = at
-            if was_at in (False, frozenset()):
-                # It keeps its turn, being just below, but no claim to all that it could not be given meanwhile.
+            # Where it could not be served before, it keeps its turn, being just below, but no claim to all it missed.
+            if not _covers(was_at, at):
                 flow.lift(tenant.level.highest_pick - self._window - 1)
-                if not tenant.level.is_warm:
-                    tenant.lift(self.level.highest_pick - self._window - 1)
+            if not tenant.level.covers(at):
+                tenant.lift(self.level.highest_pick - self._window - 1)
             if not tenant.level.is_in(at):
                 self.level.enter(tenant, at)
+                if not tenant.running:
+                    self._newcomers.enter(tenant, at)
             tenant.level.enter(flow, at)
 
     def _flow(self, tenant_name: str, digest: str, where: Where) -> Flow:
@@ -381,6 +415,11 @@ class Flows:
         if not flows:
             del self._by_digest[flow.digest]
             del self._where[flow.digest]
+
+
+def _covers(was_at: Where | bool, at: Where) -> bool:
+    """Whether who could be served on some engines could be on these."""
+    return was_at is None or (not isinstance(was_at, bool) and at is not None and bool(at) and at <= was_at)
 
 
 def _lead(flow: Flow, other: Flow) -> int:

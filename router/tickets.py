@@ -95,7 +95,8 @@ class Ticket:
         most_output: tokens its answer may have at most; None when that is open.
         work: done so far, as far as is known.
         expected_output: tokens of answer that were charged in advance.
-        paid: what its flow was charged, in micro-tokens after the flow's weight.
+        cost: of its work, in micro-tokens.
+        paid: what its flow was charged, in micro-tokens after the flow's weight; in advance, that may be above `charged`.
         waiting_tokens: what it adds to the tokens that wait while it does.
         paid_by_tenant: what its tenant was charged, after the tenant's weight.
     """
@@ -106,6 +107,7 @@ class Ticket:
     most_output: int | None = None
     work: Work = NOTHING
     expected_output: int = 0
+    cost: int = 0
     paid: int = 0
     paid_by_tenant: int = 0
     waiting_tokens: int = 0
@@ -128,6 +130,11 @@ class Ticket:
     def tokens(self) -> int:
         """What it adds to the tokens that wait: its prompt, and the answer its flow's latest ones let expect."""
         return self.prompt_tokens + self._likely_output()
+
+    @property
+    def charged(self) -> int:
+        """What its flow is charged for its work so far, in micro-tokens after the flow's weight."""
+        return self.cost * self._ratio[1] // self._ratio[0]
 
     def open_account(self) -> None:
         """Fixes weights and the answer charged in advance, for as long as it is on an engine."""

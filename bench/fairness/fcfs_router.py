@@ -23,5 +23,5 @@ class FcfsFlows(Flows):
 
 
 if __name__ == "__main__":
-    router.dispatch.Flows = FcfsFlows  # type: ignore[misc]
+    setattr(router.dispatch, "Flows", FcfsFlows)  # noqa: B010
     run(main, "router")

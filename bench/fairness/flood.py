@@ -31,15 +31,16 @@ NOWHERE = "127.0.0.1:1"
 
 @dataclass
 class Run:
-    """What was seen of one run: first-token times of the single tenant, tokens of both, and how long it took."""
+    """What was seen of one run: first-token times of the single tenant, tokens and prompts of both, and how long it took."""
 
     first_tokens: list[float] = field(default_factory=list)
     tokens: int = 0
+    prompts: int = 0
     seconds: float = 0.0
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds
+        return (self.tokens + self.prompts * PROMPT_TOKENS) / self.seconds
 
     @property
     def p95(self) -> float:
@@ -70,12 +71,15 @@ class Load:
     async def flooded(self, requests: int) -> Run:
         """The single tenant while the other floods, until the flood has been answered."""
         run, began = Run(), time.perf_counter()
-        flood = [asyncio.create_task(self._answer(self._flood, self._rng.randint(*FLOOD_OUTPUT))) for _ in range(requests)]
+        flood = [
+            asyncio.create_task(self._answer(self._flood, self._rng.randint(*FLOOD_OUTPUT))) for _ in range(requests)
+        ]
         single = asyncio.create_task(self._go_on(run))
         counts = await asyncio.gather(*flood)
         run.seconds = time.perf_counter() - began
         single.cancel()
         run.tokens += sum(count for count, _ in counts)
+        run.prompts += requests
         return run
 
     async def _go_on(self, run: Run) -> None:
@@ -88,6 +92,7 @@ class Load:
         count, first = await self._answer(self._single, SINGLE_OUTPUT)
         run.first_tokens.append(first - began)
         run.tokens += count
+        run.prompts += 1
 
     async def _answer(self, client: AsyncClient, tokens: int) -> tuple[int, float]:
         prompt = [self._rng.randrange(100, self._vocab_size) for _ in range(PROMPT_TOKENS)]
@@ -113,17 +118,23 @@ def main() -> None:
     model = arguments.model or str(prepare_base(default_base_dir(), print))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         engine, fair, fcfs = _free_ports(3)
-        start = lambda module, **flags: stack.enter_context(_Process(Path(folder), module, flags))  # noqa: E731
-        start("engine", model=model, listen=engine, cache="")
-        start("router", listen=fair, engines=engine, cache=NOWHERE)
-        start("bench.fairness.fcfs_router", listen=fcfs, engines=engine, cache=NOWHERE)
+        router = {"engines": engine, "cache": NOWHERE}
+        for module, flags in (
+            ("engine", {"model": model, "listen": engine, "cache": ""}),
+            ("router", {"listen": fair, **router}),
+            ("bench.fairness.fcfs_router", {"listen": fcfs, **router}),
+        ):
+            stack.enter_context(_Process(Path(folder), module, flags))
         asyncio.run(_compare(fair, fcfs, arguments))
 
 
 async def _compare(fair: str, fcfs: str, arguments: argparse.Namespace) -> None:
     vocab_size = await _ready(fair)
     await _ready(fcfs)
-    print("| | first token p50 | p95 | p95 against quiet | tokens/s | against FCFS |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| | first token p50 | p95 | p95 against quiet | tokens/s, in and out | against FCFS |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     runs: dict[str, Run] = {}
     for name, address, flood in (("quiet", fair, False), ("flood, FCFS", fcfs, True), ("flood, fair", fair, True)):
         load = Load(address, vocab_size, arguments.seed)
