@@ -49,6 +49,7 @@ def adapter_message(
         state=STATES[record.state],
         chat_template=record.chat_template,
         target_modules=record.target_modules,
+        base_digest=record.base_digest,
         residency=[
             adapter_pb2.Residency(node_id=node_id, engine_id=engine_id, tier=TIERS[place])
             for node_id, engine_id, place in residency

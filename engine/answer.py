@@ -10,11 +10,12 @@ What goes where when an answer ends:
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from enum import Enum
 
 from engine.detokenizer import Detokenizer
+from engine.errors import AnswerOver
 from engine.stopping import StopScanner, StopStrings
 
 
@@ -67,6 +68,12 @@ class Answer:
         if self._is_long_enough():
             return frozenset()
         return self._stopping.eos_ids | self._stopping.stop_token_ids
+
+    def resume(self, tokens: Iterable[int]) -> None:
+        """Takes over what another engine has produced and sent; raises AnswerOver where that ends the answer."""
+        for token in tokens:
+            if self.push(token).reason is not None:
+                raise AnswerOver
 
     def push(self, token: int) -> Piece:
         """Adds the next token."""

@@ -11,12 +11,14 @@ from collections.abc import Coroutine
 from typing import Any
 
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from router import metrics
 from router.adapter_service import AdapterServicer
 from router.admission import Limits
+from router.bases import Bases
 from router.cache_link import CacheLink
 from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
-from router.fleet import Fleet
+from router.fleet import Fleet, Frame
 from router.flows import Tariff
 from router.service import GenerationServicer
 from servicekit.metrics import serve_metrics
@@ -41,19 +43,30 @@ class Router:
         self.settings = settings
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
-        self.dispatcher = Dispatcher(
+        self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
+        self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
+        self.generation = GenerationServicer(
+            self.cache.view, lambda: self.fleet.engines, self.dispatcher.post, settings.max_unread_kib * 1024
+        )
+        metrics.QUEUED.set_function(lambda: self.dispatcher.queued)
+        metrics.RUNNING.set_function(lambda: self.dispatcher.running)
+        metrics.ENGINES.set_function(lambda: len(self.fleet.engines))
+        self._readiness_changed = asyncio.Event()
+
+    def _make_dispatcher(self) -> Dispatcher:
+        settings = self.settings
+        return Dispatcher(
             Tariff.of(settings.prompt_token_weight, settings.output_token_weight),
             Limits(settings.max_queued_requests, settings.max_queued_per_tenant),
             self.cache.view.where,
             self.cache.prefetch,
         )
-        self.fleet = Fleet(settings.engines, router_id, self._post)
-        self.generation = GenerationServicer(self.cache.view, lambda: self.fleet.engines, self.dispatcher.post)
-        self._readiness_changed = asyncio.Event()
 
     def _post(self, message: Message) -> None:
         self.dispatcher.post(message)
-        self._readiness_changed.set()
+        # Not for every frame: this wakes a task.
+        if not isinstance(message, Frame) or message.credit.is_draining:
+            self._readiness_changed.set()
 
     async def run(self, stop_requested: Coroutine[Any, Any, None]) -> None:
         """Serves until it is asked to stop; then drains."""

@@ -38,7 +38,7 @@ class CacheLink:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._residency = residency_pb2_grpc.ResidencyServiceStub(self._channel)
-        self._prefetches: dict[str, asyncio.Task[None]] = {}
+        self._prefetches: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def apply(self, event: Event) -> None:
         """Takes a change into the view."""
@@ -70,12 +70,13 @@ class CacheLink:
         return heard
 
     def prefetch(self, digest: str, engine_id: str, traceparent: str) -> None:
-        """Asks for an adapter to be brought to a device, and does not wait. One call per digest at a time."""
-        if digest in self._prefetches:
+        """Asks for an adapter to be brought to a device, and does not wait. One call for a digest and an engine at a time."""
+        asked = digest, engine_id
+        if asked in self._prefetches:
             return
         task = asyncio.create_task(self._prefetch(digest, engine_id, traceparent))
-        self._prefetches[digest] = task
-        task.add_done_callback(lambda _: self._prefetches.pop(digest))
+        self._prefetches[asked] = task
+        task.add_done_callback(lambda _: self._prefetches.pop(asked))
 
     async def _prefetch(self, digest: str, engine_id: str, traceparent: str) -> None:
         request = residency_pb2.PrefetchRequest(digest=digest, engine_id=engine_id, traceparent=traceparent)

@@ -99,6 +99,7 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """1 to 128 characters of letters, digits, ".", "_", "-" and "/", starting
     with a letter or digit.
@@ -125,6 +126,10 @@ class Adapter(_message.Message):
     """What can be asked of it."""
     chat_template: _builtins.str
     """Its own chat template; empty when it uses the base's."""
+    base_digest: _builtins.str
+    """sha256 of the base it was validated against, in hex: engines that serve
+    another base do not serve it.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this version was registered."""
@@ -154,10 +159,11 @@ class Adapter(_message.Message):
         residency: _abc.Iterable[Global___Residency] | None = ...,
         chat_template: _builtins.str = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        base_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_digest", b"base_digest", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
