@@ -58,6 +58,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from router.accounts import Account, Level, Question, Where
+from router.ledger import Ledger, Name
 from router.tickets import MICRO, NOTHING, Flow, Tariff, Tenant, Ticket, Work
 
 __all__ = ["MICRO", "Flows", "Tariff", "Ticket", "Work"]
@@ -86,6 +87,9 @@ class Flows:
         self._window = round(window * MICRO)
         self._tenant_weights = dict(tenant_weights or {})
         self._is_loadable = is_loadable
+        # What is served here is noted in it, when charges are shared with other routers.
+        self.ledger: Ledger | None = None
+        self._leads: dict[Name, tuple[int, int]] = {}
         self.level: Level[Tenant] = Level()
         # Those of them that have nothing on engines.
         self._newcomers: Level[Tenant] = Level()
@@ -232,6 +236,28 @@ class Flows:
                 self.loaded(ticket)
         self._refresh(digest)
 
+    def served_elsewhere(self, served: Mapping[Name, int]) -> None:
+        """Charges what other routers have served, in weighted tokens; who is not known here is lifted when it comes."""
+        for (tenant_name, digest), tokens in served.items():
+            tenant = self._tenants.get(tenant_name)
+            if tenant:
+                tenant.served_elsewhere(tokens * MICRO)
+                if digest in tenant.flows:
+                    tenant.flows[digest].served_elsewhere(tokens * MICRO)
+
+    def lead(self, name: Name) -> tuple[int, int]:
+        """By how many weighted tokens a flow, and its tenant, is above the level that newcomers are lifted to."""
+        tenant = self._tenants.get(name[0])
+        flow = tenant.flows.get(name[1]) if tenant else None
+        if tenant is None or flow is None:
+            return 0, 0
+        leads = flow.charge - tenant.level.level(), tenant.charge - self.level.level()
+        return max(0, leads[0]) // MICRO, max(0, leads[1]) // MICRO
+
+    def begin(self, leads: Mapping[Name, tuple[int, int]]) -> None:
+        """Goes on from where a router was that ended: who was ahead then is ahead when it comes."""
+        self._leads = {name: lead for name, lead in leads.items() if any(lead)}
+
     def digests(self) -> list[str]:
         """Adapters of all flows that are remembered."""
         return list(self._by_digest)
@@ -272,8 +298,10 @@ class Flows:
         return ticket
 
     def _settle(self, ticket: Ticket, work: Work) -> None:
-        ticket.work = work
-        ticket.cost = self._tariff.cost(work)
+        cost = self._tariff.cost(work)
+        if self.ledger:
+            self.ledger.note((ticket.tenant, ticket.digest), cost - ticket.cost)
+        ticket.work, ticket.cost = work, cost
         in_advance = max(0, ticket.expected_output - work.output_tokens)
         change, tenant_change = ticket.pay(ticket.cost + self._tariff.output * in_advance)
         flow, tenant = ticket.flow, ticket.flow.tenant
@@ -372,9 +400,14 @@ class Flows:
         if tenant is None:
             tenant = self._tenants[tenant_name] = Tenant(tenant_name)
             tenant.set_weight(self.weight_of(tenant_name))
+            ahead = max((lead[1] for name, lead in self._leads.items() if name[0] == tenant_name), default=0)
+            if ahead:
+                tenant.lift(self.level.level() + ahead * MICRO)
         flow = tenant.flows.get(digest)
         if flow is None:
             flow = tenant.flows[digest] = Flow(tenant, digest)
+            if ahead := self._leads.pop((tenant_name, digest), (0, 0))[0]:
+                flow.lift(tenant.level.level() + ahead * MICRO)
             self._by_digest.setdefault(digest, set()).add(flow)
             self._where.setdefault(digest, where)
             flow.where = self._where[digest]
