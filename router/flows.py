@@ -18,11 +18,11 @@ The law:
 4. Whoever becomes backlogged is lifted to the least charge among the backlogged; when nobody is, to the charge of the
    one served last. Never is it lifted to less than the highest charge at which anyone was ever picked. So idle time
    earns nothing, whether the others were busy or not. Who could not be served for a while keeps its turn, and is
-   lifted to Q below that charge: a load that took a minute does not earn a minute of the engines.
+   lifted to Q below that charge, as is who is queued again because its engine was lost: a load that took a minute does not earn a minute of the engines.
 5. When a request waits on an engine for its adapter, which could be loaded at once, and others have got Q ahead of its
    flow since, then the device is full of adapters in use. The one of them (or of those about to be) whose tenant, then
    flow, has received most gets no new sequences there until the request can go on. So no adapter waits for ever for
-   its place on a device.
+   its place on a device. If others get Q further ahead after it could have left, it is let go: that did not help.
 6. Work that was done stays charged, whether the request was cancelled or answered.
 
 The bound. Let f and g be two flows of one level that are backlogged and could be served all through an interval, and W
@@ -59,7 +59,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from router.accounts import Account, Level, Question, Where
 from router.ledger import Ledger, Name
-from router.tickets import MICRO, NOTHING, Flow, Tariff, Tenant, Ticket, Work
+from router.tickets import MICRO, NOTHING, Flow, Hold, Tariff, Tenant, Ticket, Work
 
 __all__ = ["MICRO", "Flows", "Tariff", "Ticket", "Work"]
 
@@ -99,8 +99,9 @@ class Flows:
         self._running: dict[int, Ticket] = {}
         # Tickets that were picked and wait for their adapter, with the engine they wait on.
         self._loading: dict[Ticket, str] = {}
-        # The adapter that is held back, and the ticket and engine it must make room for.
-        self._held: tuple[str, Ticket, str] | None = None
+        self._hold: Hold | None = None
+        # Tickets for which holding an adapter back did not help.
+        self._hopeless: set[Ticket] = set()
         self._where: dict[str, Where] = {}
         self._flow_count = 0
         self._sweep_at = _FIRST_SWEEP
@@ -169,7 +170,8 @@ class Flows:
         ticket.expected_output = 0
         self._settle(ticket, NOTHING)
         self._leave_engine(ticket)
-        self._append(ticket)
+        # Its turn had come already: it is not one that becomes backlogged.
+        self._append(ticket, self._window + 1)
         ticket.flow.queue.move_to_end(ticket.number, last=False)
 
     def pick(self, is_open: Question, is_warm: Question | None = None) -> Ticket | None:
@@ -207,6 +209,7 @@ class Flows:
     def loaded(self, ticket: Ticket) -> None:
         """A request waits for its adapter no more; of no effect when it did not."""
         if self._loading.pop(ticket, None) is not None:
+            self._hopeless.discard(ticket)
             self._release(ticket)
             self._refresh(ticket.digest)
 
@@ -313,13 +316,16 @@ class Flows:
             self._newcomers.fell(tenant)
 
     def _make_room(self, picked: Flow) -> bool:
-        """Holds an adapter back if a request has waited its bound for room on a device; returns whether that is news."""
+        """Holds an adapter back if a request has waited its bound for room on a device; returns whether anything changed."""
+        if self._hold:
+            return self._doubt(self._hold, picked)
         for ticket, engine_id in self._loading.items():
-            if _lead(picked, ticket.flow) > self._window and self._is_loadable(ticket.digest):
-                return self._hold(ticket, engine_id, picked)
+            is_behind = _lead(picked, ticket.flow) > self._window
+            if is_behind and ticket not in self._hopeless and self._is_loadable(ticket.digest):
+                return self._hold_back(ticket, engine_id, picked)
         return False
 
-    def _hold(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
+    def _hold_back(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
         in_use = [
             flow
             for flow in (picked, *(other.flow for other in self._running.values()))
@@ -327,19 +333,28 @@ class Flows:
         ]
         if not in_use:
             return False
-        held = (max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)).digest, ticket, engine_id)
-        before, self._held = self._held, held
-        if before == held:
+        self._hold = Hold(ticket, engine_id, max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)))
+        self._refresh(self._hold.flow.digest)
+        return True
+
+    def _doubt(self, hold: Hold, picked: Flow) -> bool:
+        """Gives a hold up that has not helped although the adapter could leave."""
+        if any(other.digest == hold.flow.digest for other in self._running.values()):
             return False
-        for digest in {held[0], before[0] if before else held[0]}:
-            self._refresh(digest)
+        lead = _lead(picked, hold.flow)
+        if hold.lead is None:
+            hold.lead = lead
+        if lead <= hold.lead + self._window:
+            return False
+        self._hopeless.add(hold.ticket)
+        self._release(hold.ticket)
         return True
 
     def _release(self, ticket: Ticket) -> None:
         """Lets an adapter go on that was held back for a request."""
-        if self._held and self._held[1] is ticket:
-            digest = self._held[0]
-            self._held = None
+        if self._hold and self._hold.ticket is ticket:
+            digest = self._hold.flow.digest
+            self._hold = None
             self._refresh(digest)
 
     def _leave_engine(self, ticket: Ticket) -> None:
@@ -357,8 +372,8 @@ class Flows:
         where = self._where[digest]
         if where is None:
             return None
-        if self._held and self._held[0] == digest:
-            where -= {self._held[2]}
+        if self._hold and self._hold.flow.digest == digest:
+            where -= {self._hold.engine_id}
             return where or False
         if not where and any(ticket.digest == digest for ticket in self._loading):
             return False
@@ -414,15 +429,16 @@ class Flows:
             self._flow_count += 1
         return flow
 
-    def _append(self, ticket: Ticket) -> None:
+    def _append(self, ticket: Ticket, below: int | None = None) -> None:
+        """Puts a request into its flow's queue; a flow that was empty is lifted, to so far below the highest pick if given."""
         flow = ticket.flow
         tenant = flow.tenant
         if not tenant.queued:
-            tenant.lift(self.level.level())
+            tenant.lift(self.level.level() if below is None else self.level.highest_pick - below)
             self._backlogged[tenant.name] = tenant
             self.waiting_weight += tenant.weight
         if not flow.queue:
-            flow.lift(tenant.level.level())
+            flow.lift(tenant.level.level() if below is None else tenant.level.highest_pick - below)
             tenant.waiting_weight += flow.weight
         flow.queue[ticket.number] = ticket
         self._count(ticket, 1)

@@ -154,6 +154,8 @@ class Ours:
         self._jobs[ticket] = job
 
     def next(self, engine: Engine, now: float) -> tuple[Job, object] | None:
+        if len(engine.running) >= engine.model.places:
+            return None
         loading = sum(not engine.is_resident(one.job.adapter) for one in engine.running)
         half = max(1, engine.model.places // 2)
         ticket = self.flows.pick(
