@@ -10,11 +10,12 @@ What goes where when an answer ends:
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from enum import Enum
 
 from engine.detokenizer import Detokenizer
+from engine.errors import AnswerOver
 from engine.stopping import StopScanner, StopStrings
 
 
@@ -72,6 +73,12 @@ class Answer:
     def ends_next(self) -> bool:
         """Whether the next token is the last one, whatever it is."""
         return self.output_tokens + 1 >= self._stopping.max_output_tokens
+
+    def resume(self, tokens: Iterable[int]) -> None:
+        """Takes over what another engine has produced and sent; raises AnswerOver where that ends the answer."""
+        for token in tokens:
+            if self.push(token).reason is not None:
+                raise AnswerOver
 
     def push(self, token: int) -> Piece:
         """Adds the next token."""

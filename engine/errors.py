@@ -14,9 +14,12 @@ NotServable
 ├── BadArtifact         BAD_ARTIFACT         a packed adapter is not what it says, or does not fit this base
 └── NoAdapters          NO_ADAPTERS          this engine has no cache and serves the base only
 Aborted
-└── AdapterRemoved      ADAPTER_REMOVED      the adapter was taken away while a sequence used it
+├── AdapterRemoved      ADAPTER_REMOVED      the adapter was taken away while a sequence used it
+├── PromptDiffers       PROMPT_DIFFERS       an answer is to go on behind another prompt than it began with
+└── AnswerOver          ANSWER_OVER          an answer is to go on that has ended
 Unavailable
 ├── EngineLoading       ENGINE_LOADING       the base is not loaded yet
+├── EngineHangs         ENGINE_HANGS         a step does not end
 └── EngineDraining      ENGINE_DRAINING      the process is about to end and takes nothing new
 """
 
@@ -120,11 +123,33 @@ class AdapterRemoved(Aborted):
         super().__init__("the adapter was removed while it answered", "ADAPTER_REMOVED", digest=digest)
 
 
+class PromptDiffers(Aborted):
+    """Raised for a continuation whose prompt is not what the engine before made of it."""
+
+    def __init__(self, found: int, expected: int) -> None:
+        text = f"the prompt has {found} tokens here and had {expected} on the engine that began the answer"
+        super().__init__(text, "PROMPT_DIFFERS", prompt_tokens=found, expected_tokens=expected)
+
+
+class AnswerOver(Aborted):
+    """Raised for a continuation of an answer that ends before it: the engines do not agree on when answers end."""
+
+    def __init__(self) -> None:
+        super().__init__("the answer that is to go on ends by itself before", "ANSWER_OVER")
+
+
 class EngineLoading(Unavailable):
     """Raised while the base is not loaded yet."""
 
     def __init__(self) -> None:
         super().__init__("the engine is loading its base", "ENGINE_LOADING", retry_after=1.0)
+
+
+class EngineHangs(Unavailable):
+    """Raised for a router that comes while a step does not end."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the engine's step has been running for {seconds:.0f} s", "ENGINE_HANGS", retry_after=1.0)
 
 
 class EngineDraining(Unavailable):

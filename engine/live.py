@@ -25,6 +25,7 @@ class Live:
         ready: when its adapter was on the device, monotonic seconds; None while it waits for it.
         has_started: whether its router was told so.
         span: the `prefill` or `decode` span that is open.
+        is_decoding: whether it has had a token here.
     """
 
     sequence: Sequence
@@ -35,6 +36,7 @@ class Live:
     ready: float | None = None
     has_started: bool = False
     span: Span | None = None
+    is_decoding: bool = False
 
     def sample_row(self) -> SampleRow:
         """What the sampler needs for the next token."""
@@ -92,15 +94,22 @@ class Live:
 
     def _started(self) -> Started:
         ready = self.request.received if self.ready is None else self.ready
-        return Started(self.sequence.prompt_length, self.sequence.cached_tokens, ready - self.request.received)
+        # One that goes on with an answer may have found part of that, too.
+        cached = min(self.sequence.cached_tokens, self.sequence.prompt_length)
+        return Started(self.sequence.prompt_length, cached, ready - self.request.received)
 
 
 def open_live(arrival: int, request: Request, connection: Connection, tokenizer: Tokenizer) -> Live:
-    """A sequence that has just come, the `arrival`-th of the engine's life."""
+    """A sequence that has just come, the `arrival`-th of the engine's life. Raises AnswerOver."""
     prompt = list(request.prompt)
-    sequence = Sequence(arrival, request.adapter, prompt, len(prompt), reuse_prefix=not request.prompt_logprobs)
+    tokens = [*prompt, *request.answered]
+    sequence = Sequence(arrival, request.adapter, tokens, len(prompt), reuse_prefix=not request.prompt_logprobs)
     if request.prompt_logprobs:
         sequence.unscored = range(len(prompt) - 1)
     detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.byte_ids)
     history = History(request.sampling, prompt)
-    return Live(sequence, request, connection, Answer(request.stopping, detokenizer), history)
+    answer = Answer(request.stopping, detokenizer)
+    answer.resume(request.answered)
+    for token in request.answered:
+        history.push(token)
+    return Live(sequence, request, connection, answer, history)

@@ -14,10 +14,11 @@ An error in a step ends the sequences that cause it and nothing else: what is le
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from engine import metrics
 from engine.batch import build_batch
 from engine.blocks import BlockPool
-from engine.errors import AdapterRemoved, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
+from engine.errors import AdapterRemoved, AnswerOver, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
 from engine.flight import Flight, Launcher, Waiting
 from engine.isolation import judge
 from engine.live import Live, open_live
@@ -37,6 +38,7 @@ from engine.messages import (
     Deny,
     Evict,
     Evicted,
+    Failed,
     Frame,
     Hangup,
     Install,
@@ -108,7 +110,15 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         # Replaced as a whole, so that any thread may read them.
         self.load = self._measure()
+        self.loading_by: Mapping[Connection, int] = {}
         self.resident: tuple[str, ...] = ()
+        # When the round that is running began, monotonic seconds; infinity while there is nothing to do.
+        self._round_began = math.inf
+
+    @property
+    def round_seconds(self) -> float:
+        """How long the present round has taken; below 0 while there is nothing to do."""
+        return time.monotonic() - self._round_began
 
     def start(self) -> None:
         """Starts the thread."""
@@ -126,6 +136,7 @@ class EngineLoop:
     def _run(self) -> None:
         torch.set_num_threads(self._base.threads)
         while not self._stopping:
+            self._round_began = time.monotonic()
             try:
                 self._receive()
                 if self._scheduler.has_work:
@@ -139,7 +150,10 @@ class EngineLoop:
         """Handles what is in the inbox; sleeps until there is something when there is nothing to run."""
         if not self._scheduler.has_work and self._inbox.empty():
             self._check_integrity()
-            self._handle(self._inbox.get())
+            self._round_began = math.inf
+            message = self._inbox.get()
+            self._round_began = time.monotonic()
+            self._handle(message)
         while True:
             try:
                 self._handle(self._inbox.get_nowait())
@@ -223,7 +237,8 @@ class EngineLoop:
             self._scheduler.forget_prefix(live.sequence)
             self._fail([live], BadLogits())
             return
-        if outcome.sampled is not None and live.answer.output_tokens == 0:
+        if outcome.sampled is not None and not live.is_decoding:
+            live.is_decoding = True
             live.begin_span("decode")
         try:
             output = live.accept(outcome.sampled, outcome.prompt_logprobs)
@@ -251,7 +266,11 @@ class EngineLoop:
     def _on_submit(self, message: Submit) -> None:
         request = message.request
         self._arrivals += 1
-        live = open_live(self._arrivals, request, message.connection, self._base.tokenizer)
+        try:
+            live = open_live(self._arrivals, request, message.connection, self._base.tokenizer)
+        except AnswerOver as error:
+            self._outputs[message.connection].append(Output(request.sequence_id, end=Failed(error)))
+            return
         self._live[live.sequence] = live
         self._by_id[message.connection, request.sequence_id] = live
         self._in_use[request.adapter] += 1
@@ -326,6 +345,7 @@ class EngineLoop:
     def _emit(self) -> None:
         """Sends the frames of this round, and what the cache must know."""
         self.load = self._measure()
+        self.loading_by = Counter(self._live[sequence].connection for sequence in self._scheduler.loading)
         self.resident = tuple(self._rows.digests)
         for connection, outputs in self._outputs.items():
             connection.deliver(Frame(self._step, tuple(outputs), self.load))

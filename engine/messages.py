@@ -24,6 +24,7 @@ class Request:
         received: when it reached the engine, monotonic seconds.
         trace: the context its spans are children of.
         prompt_logprobs: whether the log probabilities of the prompt are wanted.
+        answered: tokens of the answer that another engine has produced and sent.
     """
 
     sequence_id: int
@@ -34,6 +35,7 @@ class Request:
     received: float
     trace: Context
     prompt_logprobs: bool = False
+    answered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

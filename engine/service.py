@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
 
-from engine.errors import EngineDraining, EngineLoading, NoAdapters
+from engine.credit import places
+from engine.errors import EngineDraining, EngineHangs, EngineLoading, NoAdapters
 from engine.loop import EngineLoop
-from engine.messages import Cancel, Failed, Frame, Hangup, Output, Submit
+from engine.messages import Cancel, Failed, Frame, Hangup, Load, Output, Submit
 from engine.model import Base
 from engine.wire import read_request, tokens_of, write_frame, write_ready
 from loraplex.engine.v1 import engine_pb2 as wire
@@ -22,6 +23,8 @@ from servicekit.errors import InvalidField, ServiceError
 
 # A router takes an engine that has been silent for longer to be gone.
 HEARTBEAT_SECONDS = 1.0
+# A step that takes longer makes routers that come in wait outside.
+HANGING_SECONDS = 10.0
 
 DispatchContext = grpc.aio.ServicerContext[wire.DispatchRequest, wire.DispatchResponse]
 TokenizeContext = grpc.aio.ServicerContext[wire.TokenizeRequest, wire.TokenizeResponse]
@@ -40,13 +43,20 @@ class Engine:
 
 
 class RouterConnection:
-    """One Dispatch stream: frames come in from the step thread and go out in order."""
+    """One Dispatch stream: frames come in from the step thread and go out in order.
 
-    def __init__(self) -> None:
+    `changed` is called when its sequences, or the engine's load, may have changed.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
         self._events = asyncio.get_running_loop()
         self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         # Sequences that have not ended, those still being tokenised included.
         self._open: set[int] = set()
+        # What its router may have here, and was told of that and of the engine's end.
+        self.places = 0
+        self._told: tuple[int, bool] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -63,6 +73,10 @@ class RouterConnection:
         self._open.discard(sequence_id)
         if not self._open:
             self._idle.set()
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
 
     async def until_idle(self) -> None:
         """Returns when no sequence is open."""
@@ -82,17 +96,32 @@ class RouterConnection:
             if output.end is not None:
                 self.ended(output.sequence_id)
         self._frames.put_nowait(frame)
+        self._changed()
 
     def close(self) -> None:
         """Ends the stream after the frames that are there."""
         self._frames.put_nowait(None)
 
     async def next_frame(self, loop: EngineLoop) -> Frame | None:
-        """The next frame; an empty one after a second of silence; None at the end."""
-        try:
-            return await asyncio.wait_for(self._frames.get(), HEARTBEAT_SECONDS)
-        except TimeoutError:
-            return Frame(0, (), loop.load)
+        """The next frame; an empty one after a second of silence, unless a step hangs; None at the end."""
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    return await self._frames.get()
+            except TimeoutError:
+                if loop.round_seconds < HEARTBEAT_SECONDS:
+                    return Frame(0, (), loop.load)
+
+    def write(self, frame: Frame, draining: bool) -> wire.DispatchResponse:
+        """What to send for a frame."""
+        self._told = (self.places, draining)
+        return write_frame(frame, self.places, draining)
+
+    def tell(self, places: int, draining: bool, load: Load) -> None:
+        """Lets the router know what it may have, with the next frame or one of its own."""
+        self.places = places
+        if self._told not in (None, (places, draining)) and self._frames.empty():
+            self._frames.put_nowait(Frame(0, (), load))
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
@@ -110,8 +139,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._engine = engine
 
     async def drain(self, seconds: float) -> None:
-        """Refuses new sequences, waits for the open ones, then ends every stream."""
+        """Refuses new sequences, waits for the open ones, then ends every stream: routers continue elsewhere what is left."""
         self._draining = True
+        self._share()
         idle = [asyncio.create_task(connection.until_idle()) for connection in self._connections]
         if idle:
             await asyncio.wait(idle, timeout=seconds)
@@ -122,20 +152,24 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self, request_iterator: AsyncIterator[wire.DispatchRequest], context: DispatchContext
     ) -> AsyncIterator[wire.DispatchResponse]:
         engine = self._ready()
-        connection = RouterConnection()
+        if engine.loop.round_seconds > HANGING_SECONDS:
+            raise EngineHangs(engine.loop.round_seconds)
+        connection = RouterConnection(self._share)
         self._connections.add(connection)
+        self._share()
         reader = asyncio.create_task(self._read(engine, connection, request_iterator))
 
         def hang_up(_: object) -> None:
             reader.cancel()
             self._connections.discard(connection)
+            self._share()
             engine.loop.post(Hangup(connection))
 
         # Not a `finally` here: a stream that is cancelled while it writes closes this generator only some time later.
         context.add_done_callback(hang_up)  # type: ignore[arg-type] # its stub is a class, not a protocol
         yield write_ready(engine.base, engine.engine_id, engine.max_sequences, engine.max_rank)
         while frame := await connection.next_frame(engine.loop):
-            yield write_frame(frame)
+            yield connection.write(frame, self._draining)
         if reader.done():
             # Raises what the router did wrong, so that the stream does not seem to end well.
             reader.result()
@@ -153,7 +187,19 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     def _ready(self) -> Engine:
         if self._engine is None:
             raise EngineLoading
+        if self._draining:
+            raise EngineDraining
         return self._engine
+
+    def _share(self) -> None:
+        """Shares the engine's places out among the routers."""
+        engine = self._engine
+        if engine is None:
+            return
+        load, loading = engine.loop.load, engine.loop.loading_by
+        held = {one: max(0, one.open_count - loading.get(one, 0)) for one in self._connections}
+        for connection, count in places(engine.max_sequences, load.waiting, held).items():
+            connection.tell(count, self._draining, load)
 
     async def _read(
         self, engine: Engine, connection: RouterConnection, requests: AsyncIterator[wire.DispatchRequest]
@@ -164,12 +210,14 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             async for request in requests:
                 if request.WhichOneof("message") == "cancel":
                     connection.ended(request.cancel.sequence_id)
+                    self._share()
                     engine.loop.post(Cancel(connection, request.cancel.sequence_id))
                     continue
                 sequence_id = request.submit.sequence_id
                 if sequence_id in connection:
                     raise InvalidField("sequence_id", f"{sequence_id} is in use on this stream")
                 connection.opened(sequence_id)
+                self._share()
                 task = asyncio.create_task(self._submit(engine, connection, request.submit))
                 submits.add(task)
                 task.add_done_callback(submits.discard)

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from engine.answer import FinishReason, Stopping
+from engine.errors import PromptDiffers
 from engine.logprobs import TokenLogprob
 from engine.messages import Failed, Finished, Frame, Load, Output, Request, Started
 from engine.model import Base
@@ -46,6 +47,10 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
     if request.HasField("constraint"):
         raise NotImplementedYet("constraint")
     _check_ids("token_ids", prompt, base.vocab_size)
+    answered = tuple(submit.continuation.token_ids)
+    _check_ids("continuation.token_ids", answered, base.vocab_size)
+    if answered and len(prompt) != submit.continuation.prompt_tokens:
+        raise PromptDiffers(len(prompt), submit.continuation.prompt_tokens)
     limit = _output_limit(len(prompt), request.stopping, base.context_length)
     return Request(
         sequence_id=submit.sequence_id,
@@ -55,7 +60,9 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
         stopping=_stopping(request.stopping, limit, base),
         received=received,
         trace=context_from(submit.traceparent),
-        prompt_logprobs=request.output.prompt_logprobs,
+        # All of them come before the first token: whoever has one has them.
+        prompt_logprobs=request.output.prompt_logprobs and not answered,
+        answered=answered,
     )
 
 
@@ -133,10 +140,15 @@ def write_ready(base: Base, engine_id: str, max_sequences: int, max_rank: int) -
     return wire.DispatchResponse(ready=wire.EngineReady(engine_id=engine_id, model=model, max_sequences=max_sequences))
 
 
-def write_frame(frame: Frame) -> wire.DispatchResponse:
-    """The outputs of a step."""
+def write_frame(frame: Frame, places: int, draining: bool) -> wire.DispatchResponse:
+    """The outputs of a step, and what the engine is ready to take."""
     return wire.DispatchResponse(
-        frame=wire.StepFrame(step=frame.step, outputs=map(_output, frame.outputs), load=_load(frame.load))
+        frame=wire.StepFrame(
+            step=frame.step,
+            outputs=map(_output, frame.outputs),
+            load=_load(frame.load, places),
+            draining=draining,
+        )
     )
 
 
@@ -182,11 +194,12 @@ def _failed(failed: Failed) -> wire.SequenceFailed:
     )
 
 
-def _load(load: Load) -> wire.EngineLoad:
+def _load(load: Load, places: int) -> wire.EngineLoad:
     return wire.EngineLoad(
         running_count=load.running,
         waiting_count=load.waiting,
         loading_count=load.loading,
         free_block_count=load.free_blocks,
         total_block_count=load.total_blocks,
+        places=places,
     )

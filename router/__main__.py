@@ -11,15 +11,18 @@ from collections.abc import Coroutine
 from typing import Any
 
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from router import metrics
 from router.adapter_service import AdapterServicer
-from router.admission import Limits
+from router.bases import Bases
 from router.cache_link import CacheLink
 from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
-from router.fleet import Fleet
-from router.flows import Tariff
+from router.fleet import Fleet, Frame
+from router.flows import Flows, Tariff
+from router.ledger import Ledger
 from router.look_ahead import LookAhead
 from router.service import GenerationServicer
+from router.sharing import Party, Sharing
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
@@ -42,20 +45,34 @@ class Router:
         self.settings = settings
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
-        self.dispatcher = Dispatcher(
-            Tariff.of(settings.prompt_token_weight, settings.output_token_weight),
-            Limits(settings.max_queued_requests, settings.max_queued_per_tenant),
-            self.cache.view.where,
-            self.cache.prefetch,
+        self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
+        self.sharing = Sharing(settings.redis, settings.registry) if settings.redis else None
+        self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
+        self.generation = GenerationServicer(
+            self.cache.view, lambda: self.fleet.engines, self.dispatcher.post, settings.max_unread_kib * 1024
         )
-        self.fleet = Fleet(settings.engines, router_id, self._post)
-        self.generation = GenerationServicer(self.cache.view, lambda: self.fleet.engines, self.dispatcher.post)
         self.look_ahead = LookAhead(self.cache.residency, router_id, lambda: self.dispatcher.waiting)
+        metrics.QUEUED.set_function(lambda: self.dispatcher.queued)
+        metrics.RUNNING.set_function(lambda: self.dispatcher.running)
+        metrics.ENGINES.set_function(lambda: len(self.fleet.engines))
         self._readiness_changed = asyncio.Event()
+
+    def _make_dispatcher(self, base: str) -> Dispatcher:
+        settings = self.settings
+        weights = settings.prompt_token_weight, settings.output_token_weight, settings.load_mib_weight
+        view = self.cache.view
+        flows = Flows(Tariff.of(*weights), settings.locality_window, settings.weights_of_tenants, view.is_loadable)
+        dispatcher = Dispatcher(flows, settings.limits, view.where, self.cache.prefetch)
+        if self.sharing:
+            flows.ledger = Ledger(settings.share_quantum)
+            self.sharing.add(Party(base, flows.ledger, flows.lead, dispatcher.post))
+        return dispatcher
 
     def _post(self, message: Message) -> None:
         self.dispatcher.post(message)
-        self._readiness_changed.set()
+        # Not for every frame: this wakes a task.
+        if not isinstance(message, Frame) or message.credit.is_draining:
+            self._readiness_changed.set()
 
     async def run(self, stop_requested: Coroutine[Any, Any, None]) -> None:
         """Serves until it is asked to stop; then drains."""
@@ -65,6 +82,8 @@ class Router:
         health = asyncio.create_task(self._report_health())
         loops = (self.dispatcher.run(), self.fleet.run(), self.cache.follow(), self.look_ahead.run())
         parts = [health, *map(asyncio.create_task, loops)]
+        if self.sharing:
+            parts.append(asyncio.create_task(self.sharing.run()))
         stop = asyncio.create_task(stop_requested)
         # The parts run for ever: one that ends has failed, and a router without it would only pretend to serve.
         await asyncio.wait([stop, *parts], return_when=asyncio.FIRST_COMPLETED)
@@ -77,6 +96,8 @@ class Router:
             task.cancel()
         await asyncio.gather(stop, *parts, return_exceptions=True)
         await self.cache.close()
+        if self.sharing:
+            await self.sharing.close()
 
     async def _report_health(self) -> None:
         """SERVING only while a request would be answered, whichever adapter it names."""

@@ -3,34 +3,58 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 # Engines that have an adapter on their device; None: served by every engine (the base).
 Where = frozenset[str] | None
 
+Question = Callable[[Where], bool]
+
 
 class Account:
-    """Something that is charged. `_rest` is what divisions left over, in micro-tokens · numerator of the weight."""
+    """Something that is charged, in micro-tokens.
 
-    __slots__ = ("_denominator", "_numerator", "_rest", "charge", "running")
+    Attributes:
+        charge: what all its tickets have paid, what it was lifted by, and what other routers have served of it: the sum of the
+            three, to the last micro-token.
+        running: its tickets that were picked and have not ended.
+        queued: its tickets that wait, and their tokens.
+    """
+
+    __slots__ = ("_ratio", "charge", "elsewhere", "lifted", "queued", "queued_tokens", "running", "weight")
 
     def __init__(self) -> None:
         self.charge = 0
+        self.lifted = 0
+        self.elsewhere = 0
         self.running = 0
-        self._rest = 0
-        self._numerator, self._denominator = 1, 1
+        self.queued = 0
+        self.queued_tokens = 0
+        self.set_weight(1.0)
 
     def set_weight(self, weight: float) -> None:
-        # A float is a fraction of integers exactly, so weights need no rounding either.
-        ratio = weight.as_integer_ratio()
-        if ratio != (self._numerator, self._denominator):
-            self._numerator, self._denominator = ratio
-            self._rest = 0
+        """From the next pick on; what was picked before goes on at the weight it was picked with."""
+        self.weight = weight
+        # A float is a fraction of integers exactly, so no weight needs rounding.
+        self._ratio = weight.as_integer_ratio()
 
-    def add(self, cost: int) -> None:
-        added, self._rest = divmod(cost * self._denominator + self._rest, self._numerator)
-        self.charge += added
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """The weight as numerator and denominator."""
+        return self._ratio
+
+    def served_elsewhere(self, cost: int) -> None:
+        """Takes over what another router has served, before the weight."""
+        share = cost * self._ratio[1] // self._ratio[0]
+        self.elsewhere += share
+        self.charge += share
+
+    def lift(self, level: int) -> None:
+        """Raises the charge to a level if it is below."""
+        if self.charge < level:
+            self.lifted += level - self.charge
+            self.charge = level
 
 
 A = TypeVar("A", bound=Account)
@@ -79,14 +103,18 @@ class Order(Generic[A]):
 
 
 class Level(Generic[A]):
-    """The backlogged accounts of one level, by where they can be served."""
+    """The accounts of one level that could be served, by where.
+
+    Attributes:
+        highest_pick: the highest charge at which anyone was picked here.
+    """
 
     def __init__(self) -> None:
         self._orders: dict[Where, Order[A]] = {}
-        self._highest_pick = 0
         self._last: A | None = None
+        self.highest_pick = 0
 
-    def least(self, is_open: Callable[[Where], bool]) -> A | None:
+    def least(self, is_open: Question) -> A | None:
         found: A | None = None
         for where, order in self._orders.items():
             if is_open(where):
@@ -95,14 +123,33 @@ class Level(Generic[A]):
                     found = account
         return found
 
+    def next(self, is_open: Question, is_warm: Question, window: int) -> A | None:
+        """The open account with the least charge; rather a warm one that is no more than `window` above it."""
+        least = self.least(is_open)
+        if least is None or not window:
+            return least
+        warm = self.least(is_warm)
+        return warm if warm is not None and warm.charge <= least.charge + window else least
+
     def level(self) -> int:
         """The charge a newcomer is lifted to."""
         reference = self.least(_anywhere) or self._last
-        return max(self._highest_pick, reference.charge if reference else 0)
+        return max(self.highest_pick, reference.charge if reference else 0)
 
     def served(self, account: A) -> None:
-        self._highest_pick = max(self._highest_pick, account.charge)
+        self.highest_pick = max(self.highest_pick, account.charge)
         self._last = account
+
+    @property
+    def wheres(self) -> Iterable[Where]:
+        """The distinct places its accounts could be served at."""
+        return self._orders.keys()
+
+    def covers(self, where: Where) -> bool:
+        """Whether any of its accounts could be served on each of these engines."""
+        if not where or None in self._orders:
+            return where in self._orders or (where is not None and bool(self._orders))
+        return not where.difference(*(other for other in self._orders if other))
 
     def is_in(self, where: Where) -> bool:
         return where in self._orders
@@ -123,4 +170,5 @@ class Level(Generic[A]):
 
 
 def _anywhere(where: Where) -> bool:
+    """Whether an account is anywhere at all."""
     return True

@@ -40,7 +40,7 @@ class CacheLink:
         self.residency: residency_pb2_grpc.ResidencyServiceAsyncStub = residency_pb2_grpc.ResidencyServiceStub(
             self._channel
         )
-        self._prefetches: dict[str, asyncio.Task[None]] = {}
+        self._prefetches: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def apply(self, event: Event) -> None:
         """Takes a change into the view."""
@@ -72,12 +72,13 @@ class CacheLink:
         return heard
 
     def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
-        """Asks for an adapter to be brought to a device, and does not wait. One call per digest at a time."""
-        if digest in self._prefetches:
+        """Asks for an adapter to be brought to a device, and does not wait. One call for a digest and an engine at a time."""
+        asked = digest, engine_id
+        if asked in self._prefetches:
             return
         task = asyncio.create_task(self._prefetch(digest, engine_id, traceparent, tenant))
-        self._prefetches[digest] = task
-        task.add_done_callback(lambda _: self._prefetches.pop(digest))
+        self._prefetches[asked] = task
+        task.add_done_callback(lambda _: self._prefetches.pop(asked))
 
     async def _prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
         request = residency_pb2.PrefetchRequest(

@@ -1,7 +1,12 @@
 """The router's one loop: pick -> place -> send -> charge.
 
 It alone changes queues, charges, places and requests. Everyone else posts messages to it: handlers submit and cancel,
-the fleet tells of engines and their frames, the cache link of adapters that moved.
+the fleet tells of engines and their frames, the cache link of adapters that moved. There is one for every base: engines
+with different bases have nothing to share out.
+
+An engine that is lost, or ends, takes no request with it. Those without a token go back to the head of their flows, with
+nothing charged. The others keep what they have been charged and go first, to engines that go on with their answers: they
+had their turn, and their clients are reading.
 """
 
 from __future__ import annotations
@@ -9,26 +14,29 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Collection
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from router import metrics
 from router.accounts import Where
-from router.admission import Limits, Reject, ServiceRate, admit
+from router.admission import Limits, Newcomer, Reject, ServiceRate, admit
 from router.cache_link import Moved
-from router.errors import AnswerLost, Draining, EngineBrokeContract, NoEngine, QueueFull
+from router.errors import AnswerLost, Draining, EngineBrokeContract, EngineLost, NoEngine, QueueFull
 from router.fleet import Engine, EngineDown, EngineUp, Frame
-from router.flows import Flows, Tariff
-from router.messages import Completion, Failed, Finished, Output, Sequence
-from router.placement import Places, choose
+from router.flows import Flows, Ticket
+from router.ledger import Begun, Elsewhere
+from router.messages import Completion, Credit, Failed, Finished, Output, Started
+from router.placement import Places, choose, homes_for, is_open, next_home
 from router.request import Request, State
 from servicekit.errors import Code, RemoteError, ServiceError
 from servicekit.tracing import context_of, end_span, start_span, traceparent_of
 
 # How long requests wait for an engine to come back when none is connected.
 GRACE = 2.0
+# The reason with which an engine that is about to end refuses what it is sent.
+ENGINE_DRAINING = "ENGINE_DRAINING"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,7 @@ class Stop:
     """All requests end now."""
 
 
-Message = Submit | Cancel | GraceOver | Stop | EngineUp | EngineDown | Frame | Moved
+Message = Submit | Cancel | Stop | EngineUp | EngineDown | Frame | Moved
 
 
 @dataclass(slots=True, eq=False)
@@ -68,32 +76,68 @@ class _Seats(Places):
     engine: Engine = field(kw_only=True)
     requests: dict[int, Request] = field(default_factory=dict)
 
+    def take(self, request: Request, where: Where, now: float) -> bool:
+        """Seats a request; returns whether its adapter must be loaded first."""
+        digest, number = request.adapter.digest, request.sequence_id
+        self.requests[number] = request
+        must_load = not self.has(where)
+        if must_load:
+            self.loading.setdefault(digest, now)
+        # One that goes on with an answer may be one of many with its adapter, all sent at once.
+        if not must_load or request.has_answered:
+            self.held.add(number)
+        return must_load
+
+    def leave(self, request: Request) -> None:
+        number = request.sequence_id
+        del self.requests[number]
+        if number in self.held:
+            self.held.discard(number)
+        elif request.started is None:
+            self.loading.pop(request.adapter.digest, None)
+
+    def begin(self, request: Request) -> None:
+        """A sequence has begun, so its adapter is there."""
+        self.loading.pop(request.adapter.digest, None)
+        self.held.add(request.sequence_id)
+
+    def credit(self, credit: Credit) -> None:
+        self.limit = self.max_sequences if credit.places is None else credit.places
+        self.is_draining = credit.is_draining
+
 
 class Dispatcher:
     """The loop. `where` tells which engines have a digest; `prefetch(digest, engine_id, traceparent, tenant)` asks for one."""
 
     def __init__(
         self,
-        tariff: Tariff,
+        flows: Flows,
         limits: Limits,
         where: Callable[[str], Where],
         prefetch: Callable[[str, str, str, str], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._flows = Flows(tariff)
+        self._flows = flows
         self._limits = limits
-        self._where = where
+        self._view = where
         self._prefetch = prefetch
         self._now = now
         self._rate = ServiceRate()
         self._seats: dict[Engine, _Seats] = {}
         self._queued: dict[int, Request] = {}
+        # Requests whose engine was lost while it answered, the first dispatched first.
+        self._moving: list[Request] = []
+        # Requests that have had tokens since they were charged last: charges matter when someone is picked or queued.
+        self._owing: set[Request] = set()
+        # Requests of each adapter that have not ended, and engines it should be on, where that is more than one.
+        self._demand: Counter[str] = Counter()
+        self._homes: dict[str, int] = {}
         self._sequence_ids = itertools.count(1)
         # None while an engine is connected, or was until GRACE seconds ago.
         self._grace: asyncio.TimerHandle | None = None
         self._refusing = True
         self._losses = 0
-        self._inbox: deque[Message] = deque()
+        self._inbox: deque[Message | GraceOver | Elsewhere | Begun] = deque()
         self._posted = asyncio.Event()
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
@@ -104,6 +148,8 @@ class Dispatcher:
             GraceOver: self._grace_over,
             Moved: self._moved,
             Stop: self._stop,
+            Elsewhere: self._elsewhere,
+            Begun: self._begun,
         }
 
     @property
@@ -116,7 +162,12 @@ class Dispatcher:
         """The requests that wait."""
         return self._queued.values()
 
-    def post(self, message: Message) -> None:
+    @property
+    def running(self) -> int:
+        """Requests that are on an engine."""
+        return sum(len(seats.requests) for seats in self._seats.values())
+
+    def post(self, message: Message | GraceOver | Elsewhere | Begun) -> None:
         """Hands the loop a message. To be called on its event loop's thread."""
         self._inbox.append(message)
         self._posted.set()
@@ -130,73 +181,145 @@ class Dispatcher:
                 self._handlers[type(message)](message)
             self._fill()
 
+    def _where(self, digest: str) -> Where:
+        """Engines of this loop that have an adapter and take new sequences; None, which is all of them, for the base."""
+        where = self._view(digest)
+        return where and where & {seats.engine_id for seats in self._seats.values() if not seats.is_draining}
+
     def _fill(self) -> None:
         """Gives free places to those who are next."""
-        seats = self._seats.values()
-        while ticket := self._flows.pick(lambda where: any(engine.can_take(where) for engine in seats)):
-            request = self._queued.pop(ticket.number)
-            chosen = choose(ticket.where, seats)
-            if chosen is None:
-                raise RuntimeError("a flow was picked that no engine can take")
-            self._send(request, chosen)
-        metrics.QUEUED.set(self._flows.queued)
-        metrics.RUNNING.set(sum(engine.taken for engine in seats))
+        seats = list(self._seats.values())
+        now = self._now()
+        if any(engine.has_room for engine in seats):
+            self._continue(seats, now)
+            if self._flows.queued:
+                self._settle()
+                self._pick(seats, now)
 
-    def _send(self, request: Request, seats: _Seats) -> None:
+    def _continue(self, seats: list[_Seats], now: float) -> None:
+        """Sends those on whose engine was lost."""
+        for request in list(self._moving):
+            digest = request.adapter.digest
+            where = self._where(digest)
+            # Others may wait for the same adapter there: this one has had its turn.
+            chosen = choose(digest, where, seats, now, self._homes.get(digest, 1)) or min(
+                (engine for engine in seats if engine.has_room), key=lambda engine: engine.load, default=None
+            )
+            if chosen is None:
+                return
+            self._moving.remove(request)
+            self._send(request, chosen, where)
+
+    def _pick(self, seats: list[_Seats], now: float) -> None:
+        def can_go(where: Where) -> bool:
+            return is_open(where, seats, now)
+
+        def is_warm(where: Where) -> bool:
+            return where != frozenset() and can_go(where)
+
+        for engine in seats:
+            engine.keep(for_newcomers=self._flows.is_shared)
+        while ticket := self._flows.pick(can_go, is_warm):
+            self._place(ticket, seats, now)
+        for engine in seats:
+            engine.keep(for_newcomers=False)
+        while self._flows.is_shared and (ticket := self._flows.pick_newcomer(can_go, is_warm)):
+            self._place(ticket, seats, now)
+
+    def _place(self, ticket: Ticket, seats: list[_Seats], now: float) -> None:
+        """Sends a request that was picked to an engine."""
+        request = self._queued.pop(ticket.number)
+        where = self._where(ticket.digest)
+        chosen = choose(ticket.digest, where, seats, now, self._homes.get(ticket.digest, 1))
+        if chosen is None:
+            raise RuntimeError("a flow was picked that no engine can take")
+        self._rate.note(now, ticket.waiting_tokens, is_busy=self._flows.queued > 0)
+        self._send(request, chosen, where)
+
+    def _send(self, request: Request, seats: _Seats, where: Where) -> None:
         now = self._now()
         engine = seats.engine
+        is_first = not request.engine
         request.become(State.DISPATCHED)
         if request.engine not in ("", engine.address):
             request.migrations += 1
             metrics.MIGRATIONS.inc()
         request.engine = engine.address
-        request.dispatched_at = now
+        if is_first or not request.has_answered:
+            request.dispatched_at = now
         request.sequence_id = next(self._sequence_ids)
-        self._rate.note(now)
         self._charge(request)
-        seats.requests[request.sequence_id] = request
-        seats.taken += 1
-        if not seats.has(self._where(request.adapter.digest)):
-            seats.loading.add(request.sequence_id)
+        if seats.take(request, where, now) and request.ticket:
+            self._flows.loading(request.ticket, seats.engine_id)
         self._next_stage(request, "dispatch")
-        engine.submit(
-            Sequence(
-                sequence_id=request.sequence_id,
-                request=request.wire,
-                adapter_digest=request.adapter.digest,
-                chat_template=request.adapter.chat_template,
-                traceparent=traceparent_of(request.stage_span) if request.stage_span else "",
-            )
-        )
+        traceparent = traceparent_of(request.stage_span) if request.stage_span else ""
+        engine.submit(request.sequence(request.sequence_id, traceparent))
 
     def _charge(self, request: Request) -> None:
+        self._owing.discard(request)
         if request.ticket:
-            self._flows.charge(request.ticket, *request.charged_tokens)
+            self._flows.charge(request.ticket, *request.work)
+
+    def _settle(self) -> None:
+        """Brings all charges up to date."""
+        for request in list(self._owing):
+            self._charge(request)
 
     def _submit(self, message: Submit) -> None:
         request = message.request
         if self._refusing:
             self._end(request, NoEngine())
             return
-        now = self._now()
-        decision = admit(
-            self._limits, self._flows.queued, self._flows.queued_by(request.tenant), self._rate.per_second(now)
-        )
-        if isinstance(decision, Reject):
-            text = f"{decision.limit} requests are waiting already"
-            self._end(request, QueueFull(text, decision.reason, decision.limit, decision.retry_after))
-            return
+        self._settle()
         adapter = request.adapter
+        now = self._now()
+        left = None if request.deadline is None else request.deadline - now
+        newcomer = Newcomer(request.tenant, adapter.digest, request.estimated_prompt_tokens, left)
+        decision = admit(self._limits, self._flows, newcomer, self._rate.per_second(now))
+        if isinstance(decision, Reject):
+            self._refuse(request, decision)
+            return
+        if decision.instead_of and decision.refusal:
+            self._refuse(self._queued[decision.instead_of.number], decision.refusal)
         where = self._where(adapter.digest)
         request.become(State.QUEUED)
-        request.ticket = self._flows.enqueue(request.tenant, adapter.digest, adapter.weight, where)
+        request.ticket = self._flows.enqueue(
+            request.tenant,
+            adapter.digest,
+            adapter.weight,
+            where,
+            request.estimated_prompt_tokens,
+            request.most_output_tokens,
+        )
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")
-        if not any(seats.has(where) for seats in self._seats.values()):
-            # The queue is the cache's look-ahead.
-            likely = min(self._seats.values(), key=lambda seats: seats.taken, default=None)
+        self._demand[adapter.digest] += 1
+        request.causes_load = where == frozenset() and self._demand[adapter.digest] == 1
+        self._look_ahead(request, where)
+
+    def _refuse(self, request: Request, why: Reject) -> None:
+        self._end(request, QueueFull(why.message, why.reason, why.limit, why.retry_after))
+
+    def _look_ahead(self, request: Request, where: Where) -> None:
+        """Has the adapter brought to the next engine it should be on: the queue is the cache's look-ahead."""
+        digest = request.adapter.digest
+        if where is None:
+            return
+        homes = self._count_homes(digest)
+        home = next_home(digest, where, list(self._seats.values()), homes)
+        if home is not None or not self._seats:
             traceparent = traceparent_of(request.stage_span) if request.stage_span else ""
-            self._prefetch(adapter.digest, likely.engine_id if likely else "", traceparent, request.tenant)
+            self._prefetch(digest, home.engine_id if home else "", traceparent, request.tenant)
+
+    def _count_homes(self, digest: str) -> int:
+        """How many engines an adapter should be on now."""
+        capacity = min((seats.max_sequences for seats in self._seats.values()), default=1)
+        homes = homes_for(self._demand[digest], self._homes.get(digest, 1), capacity, len(self._seats))
+        if homes > 1:
+            self._homes[digest] = homes
+        else:
+            self._homes.pop(digest, None)
+        return homes
 
     def _cancel(self, message: Cancel) -> None:
         request = message.request
@@ -211,31 +334,51 @@ class Dispatcher:
         seats = self._seats.get(message.engine)
         if seats is None:
             return
+        if seats.is_draining != message.credit.is_draining:
+            seats.credit(message.credit)
+            self._relocate()
+        seats.credit(message.credit)
+        tokens = 0
         for output in message.outputs:
             # Outputs of a sequence that was cancelled may still be on their way.
             request = seats.requests.get(output.sequence_id)
             if request:
+                tokens += len(output.token_ids)
                 self._output(request, output, seats)
+        metrics.OUTPUT_TOKENS.inc(tokens)
 
     def _output(self, request: Request, output: Output, seats: _Seats) -> None:
         if output.started:
-            request.started = output.started
-            seats.loading.discard(request.sequence_id)
-        if output.text or output.token_ids:
+            self._started(request, output.started, seats)
+        if output.token_ids or output.text:
             if request.first_token_at is None:
                 request.first_token_at = self._now()
+            request.answered.extend(output.token_ids)
             request.output_tokens += len(output.token_ids)
-            metrics.OUTPUT_TOKENS.inc(len(output.token_ids))
-        delta = request.delta(output)
-        if delta:
-            request.sink.put(delta)
-        if isinstance(output.end, Finished):
-            request.output_tokens = output.end.output_tokens
-        if output.started or output.token_ids or output.end:
-            self._charge(request)
-        if output.end:
-            self._release(request)
-            self._end(request, self._outcome(request, output.end, seats.engine_id))
+            self._owing.add(request)
+        piece = request.piece(output)
+        if piece and (error := request.sink.put(piece)):
+            self._cancel(Cancel(request, error))
+        elif output.end:
+            self._ended(request, output.end, seats)
+
+    def _started(self, request: Request, started: Started, seats: _Seats) -> None:
+        seats.begin(request)
+        request.begin(started)
+        if request.ticket:
+            self._flows.loaded(request.ticket)
+        self._owing.add(request)
+
+    def _ended(self, request: Request, end: Finished | Failed, seats: _Seats) -> None:
+        self._release(request)
+        if isinstance(end, Failed) and end.reason == ENGINE_DRAINING:
+            # It was on its way when the engine said that it is about to end.
+            self._move([request])
+            return
+        if isinstance(end, Finished):
+            request.output_tokens = end.output_tokens
+        self._charge(request)
+        self._end(request, self._outcome(request, end, seats.engine_id))
 
     def _outcome(self, request: Request, end: Finished | Failed, engine_id: str) -> Completion | ServiceError:
         if isinstance(end, Finished):
@@ -258,22 +401,34 @@ class Dispatcher:
         if self._grace:
             self._grace.cancel()
             self._grace = None
-        metrics.ENGINES.set(len(self._seats))
+        self._relocate()
 
     def _engine_down(self, message: EngineDown) -> None:
         seats = self._seats.pop(message.engine)
-        metrics.ENGINES.set(len(self._seats))
-        # Each goes to the head of its flow, so the one dispatched first goes last.
-        for request in reversed(seats.requests.values()):
-            if request.has_answered:
-                text = f"engine {seats.engine_id} was lost while it answered"
-                self._end(request, AnswerLost(text, "ENGINE_LOST", engine_id=seats.engine_id))
-            else:
-                self._queue_again(request)
+        self._relocate()
+        self._move(list(seats.requests.values()))
         if not self._seats:
             self._losses += 1
             message_later = GraceOver(self._losses)
             self._grace = asyncio.get_running_loop().call_later(GRACE, self.post, message_later)
+
+    def _relocate(self) -> None:
+        """Tells the flows where adapters are, now that engines have come, gone, or are about to."""
+        for digest in self._flows.digests():
+            self._flows.moved(digest, self._where(digest))
+
+    def _move(self, requests: list[Request]) -> None:
+        """Takes back what an engine had, in the order of dispatch."""
+        for request in requests:
+            if request.has_answered:
+                request.become(State.MOVING)
+                self._moving.append(request)
+                if request.ticket:
+                    self._flows.loaded(request.ticket)
+        # Each goes to the head of its flow, so the one dispatched first goes last.
+        for request in reversed(requests):
+            if not request.has_answered:
+                self._queue_again(request)
 
     def _queue_again(self, request: Request) -> None:
         if request.ticket is None:
@@ -281,9 +436,11 @@ class Dispatcher:
         request.become(State.QUEUED)
         request.started = None
         request.prompt_logprobs = 0
+        self._owing.discard(request)
         self._flows.requeue(request.ticket)
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")
+        self._look_ahead(request, self._where(request.adapter.digest))
 
     def _grace_over(self, message: GraceOver) -> None:
         if self._seats or message.loss != self._losses:
@@ -291,6 +448,11 @@ class Dispatcher:
         self._refusing = True
         for request in list(self._queued.values()):
             self._end(request, NoEngine())
+        for request in list(self._moving):
+            self._owing.discard(request)
+            if request.ticket:
+                self._flows.charge(request.ticket, 0, 0)
+            self._end(request, EngineLost(request.engine, request.output_tokens))
 
     def _moved(self, message: Moved) -> None:
         for digest in message.digests:
@@ -298,34 +460,55 @@ class Dispatcher:
             self._flows.moved(digest, where)
             for seats in self._seats.values():
                 if seats.has(where):
-                    seats.loading -= {n for n in seats.loading if seats.requests[n].adapter.digest == digest}
+                    seats.loading.pop(digest, None)
+
+    def _elsewhere(self, message: Elsewhere) -> None:
+        self._flows.served_elsewhere(message.served)
+
+    def _begun(self, message: Begun) -> None:
+        self._flows.begin(message.leads)
 
     def _stop(self, _: Stop) -> None:
-        for request in [
-            *self._queued.values(),
-            *(r for seats in self._seats.values() for r in seats.requests.values()),
-        ]:
+        for request in list(self._open()):
             answered = request.has_answered
             error = AnswerLost("this router stopped while it was answered", "DRAINING") if answered else Draining()
             self._cancel(Cancel(request, error))
 
+    def _open(self) -> Iterable[Request]:
+        """All requests that have not ended."""
+        yield from self._queued.values()
+        yield from self._moving
+        for seats in self._seats.values():
+            yield from seats.requests.values()
+
     def _release(self, request: Request) -> _Seats | None:
         """Frees the place of a dispatched request; returns the engine it was on."""
         for seats in self._seats.values():
-            if seats.requests.pop(request.sequence_id, None):
-                seats.taken -= 1
-                seats.loading.discard(request.sequence_id)
+            if request.sequence_id in seats.requests:
+                seats.leave(request)
                 return seats
         return None
 
     def _end(self, request: Request, end: Completion | ServiceError) -> None:
+        if request.state is State.MOVING:
+            self._moving.remove(request)
+        if request in self._owing:
+            self._charge(request)
         request.become(State.ENDED)
         if request.ticket:
             self._queued.pop(request.ticket.number, None)
             self._flows.end(request.ticket)
+            self._forget_demand(request.adapter.digest)
         if request.stage_span:
             end_span(request.stage_span, end if isinstance(end, ServiceError) else None)
         request.sink.close(end)
+
+    def _forget_demand(self, digest: str) -> None:
+        self._demand[digest] -= 1
+        if digest in self._homes:
+            self._count_homes(digest)
+        if not self._demand[digest]:
+            del self._demand[digest]
 
     def _next_stage(self, request: Request, name: str) -> None:
         if request.stage_span:

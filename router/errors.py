@@ -6,14 +6,18 @@
     ├── NotFound
     │   └── AdapterNotFound      NOT_FOUND            ADAPTER_NOT_FOUND
     ├── Exhausted
-    │   └── QueueFull            RESOURCE_EXHAUSTED   QUEUE_FULL, TENANT_QUEUE_FULL; with a retry delay
+    │   ├── QueueFull            RESOURCE_EXHAUSTED   QUEUE_FULL, TOKENS_FULL, TENANT_QUEUE_FULL, TENANT_TOKENS_FULL,
+    │                                                  ADAPTER_QUEUE_FULL, ADAPTER_TOKENS_FULL,
+    │                                                  DEADLINE_UNREACHABLE; with a retry delay
+    │   └── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
     ├── Unavailable
     │   ├── NoEngine             UNAVAILABLE          NO_ENGINE
+    │   ├── EngineLost           UNAVAILABLE          ENGINE_LOST
     │   ├── RegistryNotLoaded    UNAVAILABLE          REGISTRY_NOT_LOADED
     │   ├── CacheUnreachable     UNAVAILABLE          CACHE_UNREACHABLE
     │   └── Draining             UNAVAILABLE          DRAINING
     ├── Aborted
-    │   └── AnswerLost           ABORTED              ENGINE_LOST, DRAINING
+    │   └── AnswerLost           ABORTED              DRAINING, or as the engine said
     ├── Internal
     │   ├── EngineBrokeContract  INTERNAL             ENGINE_BROKE_CONTRACT
     │   └── IllegalTransition    INTERNAL             ILLEGAL_TRANSITION
@@ -35,11 +39,19 @@ class AdapterNotFound(NotFound):
 
 
 class QueueFull(Exhausted):
-    """Raised when as many requests wait as may wait."""
+    """Raised when as much waits as may wait, or waiting would be in vain."""
 
-    def __init__(self, message: str, reason: str, limit: int, retry_after: float) -> None:
+    def __init__(self, message: str, reason: str, limit: float, retry_after: float) -> None:
         super().__init__(message, reason, retry_after=retry_after)
         self.metadata = {"limit": str(limit)}
+
+
+class ClientTooSlow(Exhausted):
+    """Raised when a client has left more of its answer unread than may wait for it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        text = f"more than {limit_bytes} bytes of the answer were not read"
+        super().__init__(text, "CLIENT_TOO_SLOW", limit=limit_bytes)
 
 
 class NoEngine(Unavailable):
@@ -47,6 +59,14 @@ class NoEngine(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("no engine is connected", "NO_ENGINE")
+
+
+class EngineLost(Unavailable):
+    """Raised for an answer whose engine was lost when no other came to go on with it; nothing is charged for it."""
+
+    def __init__(self, engine_id: str, output_tokens: int) -> None:
+        text = f"engine {engine_id} was lost while it answered, and no other can go on"
+        super().__init__(text, "ENGINE_LOST", engine_id=engine_id, output_tokens=output_tokens)
 
 
 class RegistryNotLoaded(Unavailable):

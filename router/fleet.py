@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
 
 from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
-from router.messages import Output, Sequence, Wire
-from router.wire import cancel_message, output_from, submit_message
+from router.messages import Credit, Output, Sequence, Wire
+from router.wire import cancel_message, credit_from, output_from, submit_message
 from servicekit.server import MAX_MESSAGE_BYTES
 
 _log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ CHANNEL_OPTIONS = (
 )
 FIRST_DELAY = 0.1
 LONGEST_DELAY = 2.0
-# Engines say something at least once a second; one that is silent for this long is as good as dead.
-SILENCE = 15.0
+# Engines whose steps get on say something at least once a second; one that is silent for much longer hangs.
+SILENCE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,11 @@ class EngineDown:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What an engine did in one step."""
+    """What an engine did in one step, and what it is ready to take now."""
 
     engine: Engine
     outputs: list[Output]
+    credit: Credit
 
 
 class Engine:
@@ -58,6 +60,7 @@ class Engine:
 
     Attributes:
         model: its GetModelInfoResponse, passed on to clients unread.
+        is_draining: it is about to end.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class Engine:
         self.base_digest = ready.model.base_digest
         self.model: Wire = ready.model
         self.stub = stub
-        # Bounded by the engine's places: each holds one submission and one cancellation at most.
+        self.is_draining = False
+        # Bounded by the engine's places and loads: each holds one submission and one cancellation at most.
         self.outgoing: asyncio.Queue[engine_pb2.DispatchRequest] = asyncio.Queue()
 
     def submit(self, sequence: Sequence) -> None:
@@ -80,32 +84,65 @@ class Engine:
 
 
 Post = Callable[[EngineUp | EngineDown | Frame], None]
+Call = grpc.aio.StreamStreamCall[engine_pb2.DispatchRequest, engine_pb2.DispatchResponse]
 
 
 class Fleet:
-    """All engines of the settings. Posts what happens to them to the loop."""
+    """All engines of the settings. Posts what happens to them to the loop.
 
-    def __init__(self, addresses: tuple[str, ...], router_id: str, post: Post) -> None:
-        self._links = [_Link(address, router_id, post, self) for address in addresses]
+    Args:
+        silence: seconds without a word after which an engine is taken for lost.
+    """
+
+    def __init__(
+        self,
+        addresses: tuple[str, ...],
+        router_id: str,
+        post: Post,
+        silence: float = SILENCE,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._silence = silence
+        self._links = [_Link(address, router_id, post, now) for address in addresses]
 
     @property
     def engines(self) -> list[Engine]:
-        """Those that are connected."""
+        """Those that are connected, in the order of the settings."""
         return [link.engine for link in self._links if link.engine]
+
+    @property
+    def default_base(self) -> str:
+        """Digest of the base of the first engine in the settings that was ever connected; empty before."""
+        return next((link.base_digest for link in self._links if link.base_digest), "")
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for link in self._links:
                 group.create_task(link.run())
+            group.create_task(self._watch())
+
+    def check(self) -> None:
+        """Ends the streams of engines that have been silent for too long."""
+        for link in self._links:
+            link.end_if_silent(self._silence)
+
+    async def _watch(self) -> None:
+        # A clock for all engines, instead of a timer for every frame.
+        while True:
+            await asyncio.sleep(min(1.0, self._silence / 4))
+            self.check()
 
 
 class _Link:
-    def __init__(self, address: str, router_id: str, post: Post, fleet: Fleet) -> None:
+    def __init__(self, address: str, router_id: str, post: Post, now: Callable[[], float]) -> None:
         self.engine: Engine | None = None
+        self.base_digest = ""
         self._address = address
         self._router_id = router_id
         self._post = post
-        self._fleet = fleet
+        self._now = now
+        self._call: Call | None = None
+        self._heard_at = 0.0
 
     async def run(self) -> None:
         async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
@@ -116,9 +153,16 @@ class _Link:
                 delay = FIRST_DELAY if was_ready else min(2 * delay, LONGEST_DELAY)
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
+    def end_if_silent(self, seconds: float) -> None:
+        """Counts from the call on: an engine that never says it is ready is silent, too."""
+        if self._call is not None and self._now() - self._heard_at > seconds:
+            _log.warning("engine at %s is lost: silent for %.0f s", self._address, seconds)
+            self._call.cancel()
+
     async def _connect(self, stub: engine_pb2_grpc.EngineServiceAsyncStub) -> bool:
         """Holds one stream until it breaks; returns whether the engine was ever ready on it."""
-        call = stub.Dispatch(metadata=(("x-loraplex-router", self._router_id),))
+        self._heard_at = self._now()
+        call = self._call = stub.Dispatch(metadata=(("x-loraplex-router", self._router_id),))
         try:
             first = await call.read()
             if not isinstance(first, engine_pb2.DispatchResponse) or not self._accept(first, stub):
@@ -128,12 +172,15 @@ class _Link:
         except grpc.aio.AioRpcError as error:
             if self.engine:
                 _log.warning("engine at %s is lost: %s", self._address, error.details())
-        except TimeoutError:
-            _log.warning("engine at %s is lost: silent for %.0f s", self._address, SILENCE)
+        except asyncio.CancelledError:
+            # Either the call was ended for its silence, or this task is.
+            if not call.cancelled() or _is_cancelled():
+                raise
         except ValueError as error:
             _log.error("engine at %s broke the contract: %s", self._address, error)
         finally:
             call.cancel()
+            self._call = None
             lost, self.engine = self.engine, None
             if lost:
                 self._post(EngineDown(lost))
@@ -144,39 +191,40 @@ class _Link:
         if ready.max_sequences < 1 or not ready.engine_id:
             _log.error("engine at %s broke the contract: it did not begin with an EngineReady", self._address)
             return False
-        # Two bases behind one router would give one adapter two meanings.
-        other = next((engine for engine in self._fleet.engines if engine.base_digest != ready.model.base_digest), None)
-        if other:
-            _log.error("engine at %s serves another base than %s; it is not used", self._address, other.engine_id)
-            return False
         self.engine = Engine(self._address, ready, stub)
+        self.base_digest = ready.model.base_digest
         _log.info("engine %s at %s is ready, %d places", ready.engine_id, self._address, ready.max_sequences)
         self._post(EngineUp(self.engine))
         return True
 
-    async def _converse(
-        self, call: grpc.aio.StreamStreamCall[engine_pb2.DispatchRequest, engine_pb2.DispatchResponse]
-    ) -> None:
+    async def _converse(self, call: Call) -> None:
         engine = self.engine
         if engine is None:
             return
         writer = asyncio.create_task(_write(call, engine.outgoing))
+        credit: Credit | None = None
         try:
             while True:
-                async with asyncio.timeout(SILENCE):
-                    message = await call.read()
+                message = await call.read()
                 if not isinstance(message, engine_pb2.DispatchResponse):
                     return
-                if message.frame.outputs:
-                    self._post(Frame(engine, [output_from(output) for output in message.frame.outputs]))
+                self._heard_at = self._now()
+                frame = message.frame
+                said = credit_from(frame)
+                if frame.outputs or said != credit:
+                    credit = said
+                    engine.is_draining = said.is_draining
+                    self._post(Frame(engine, [output_from(output) for output in frame.outputs], said))
         finally:
             writer.cancel()
 
 
-async def _write(
-    call: grpc.aio.StreamStreamCall[engine_pb2.DispatchRequest, engine_pb2.DispatchResponse],
-    outgoing: asyncio.Queue[engine_pb2.DispatchRequest],
-) -> None:
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _write(call: Call, outgoing: asyncio.Queue[engine_pb2.DispatchRequest]) -> None:
     try:
         while True:
             await call.write(await outgoing.get())

@@ -5,9 +5,10 @@ Log probabilities and the client's request pass through the router unread, so th
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 Wire = Any
 
@@ -49,38 +50,62 @@ class Failed:
     metadata: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+class Piece(Protocol):
+    """Something to append to an answer."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token_ids(self) -> Row[int]: ...
+    @property
+    def logprobs(self) -> Row[Wire]: ...
+    @property
+    def prompt_logprobs(self) -> Row[Wire]: ...
+
+
+# Not frozen: one is made for every token, and freezing triples the price.
+@dataclass(slots=True)
 class Output:
-    """What a step did for one sequence."""
+    """What a step did for one sequence; a Piece of its answer."""
 
     sequence_id: int
     text: str
-    token_ids: list[int]
-    logprobs: list[Wire]
-    prompt_logprobs: list[Wire]
+    token_ids: Row[int]
+    logprobs: Row[Wire]
+    prompt_logprobs: Row[Wire]
     started: Started | None
     end: Finished | Failed | None
 
 
 @dataclass(frozen=True, slots=True)
+class Credit:
+    """What an engine is ready to take: sequences of this router in all; None where it does not say."""
+
+    places: int | None
+    is_draining: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request as an engine gets it."""
+    """A request as an engine gets it, with the answer another one has begun, and the length of its prompt there."""
 
     sequence_id: int
     request: Wire
     adapter_digest: str
     chat_template: str
     traceparent: str
+    answered: Row[int] = ()
+    prompt_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """The next piece of an answer."""
 
     text: str
-    token_ids: list[int]
-    logprobs: list[Wire]
-    prompt_logprobs: list[Wire]
+    token_ids: Row[int]
+    logprobs: Row[Wire]
+    prompt_logprobs: Row[Wire]
 
 
 @dataclass(frozen=True, slots=True)

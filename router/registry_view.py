@@ -42,6 +42,8 @@ class Adapter:
         tier: the best one it is in.
         engines: ids of the engines that have it on their device.
         created: when this version was registered, nanoseconds.
+        size_bytes: of its artifact.
+        base_digest: the base it was made for; empty where that is not said.
     """
 
     adapter_id: str
@@ -52,6 +54,8 @@ class Adapter:
     tier: Tier = Tier.REMOTE
     engines: frozenset[str] = frozenset()
     created: int = 0
+    size_bytes: int = 0
+    base_digest: str = ""
 
     @property
     def is_base(self) -> bool:
@@ -107,6 +111,10 @@ class RegistryView:
     def where(self, digest: str) -> Where:
         """Engines that have a version on their device; None, which is all of them, for the base."""
         return self._engines.get(digest, frozenset()) if digest else None
+
+    def is_loadable(self, digest: str) -> bool:
+        """Whether the bytes of a version are in a tier that devices load from."""
+        return any(self._adapters[name].tier >= Tier.HOST for name in self._ids.get(digest, ()))
 
     def begin(self) -> None:
         """A new stream of events begins."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from opentelemetry.trace import Span
 
 from router.errors import IllegalTransition
 from router.flows import MICRO, Ticket
-from router.messages import Completion, Delta, Finished, Output, Receipt, Started, Wire
+from router.messages import Completion, Delta, Finished, Output, Piece, Receipt, Sequence, Started, Wire
 from router.registry_view import Adapter
 from servicekit.errors import ServiceError
 
@@ -21,22 +22,24 @@ class State(Enum):
     NEW = "new"
     QUEUED = "queued"
     DISPATCHED = "dispatched"
+    MOVING = "moving"
     ENDED = "ended"
 
 
-# A dispatched request is queued again when its engine is lost before its first token.
+# When its engine is lost, a dispatched request is queued again before its first token, and moves after it.
 _NEXT = {
     State.NEW: {State.QUEUED, State.ENDED},
     State.QUEUED: {State.DISPATCHED, State.ENDED},
-    State.DISPATCHED: {State.QUEUED, State.ENDED},
+    State.DISPATCHED: {State.QUEUED, State.MOVING, State.ENDED},
+    State.MOVING: {State.DISPATCHED, State.ENDED},
     State.ENDED: set[State](),
 }
 
 
 class Sink(Protocol):
-    """Where an answer goes."""
+    """Where an answer goes. `put` may return an error, with which the request should end."""
 
-    def put(self, delta: Delta) -> None: ...
+    def put(self, piece: Piece) -> ServiceError | None: ...
 
     def close(self, end: Completion | ServiceError) -> None: ...
 
@@ -53,18 +56,28 @@ class Request:
     sink: Sink
     span: Span
     arrived_at: float
+    # Of its answer, None when that is open; and when its client will have gone, None when it waits for ever.
+    most_output_tokens: int | None = None
+    deadline: float | None = None
 
     state: State = field(default=State.NEW, init=False)
     ticket: Ticket | None = field(default=None, init=False)
     sequence_id: int = field(default=0, init=False)
+    # Digest of the base it is answered by, and address of the engine it is on.
+    base: str = field(default="", init=False)
     engine: str = field(default="", init=False)
     dispatched_at: float = field(default=0.0, init=False)
     first_token_at: float | None = field(default=None, init=False)
     started: Started | None = field(default=None, init=False)
+    # All tokens of the answer, for an engine that is to go on with it.
+    answered: array[int] = field(default_factory=lambda: array("i"), init=False)
+    # Those, and the end-of-sequence token where there is one.
     output_tokens: int = field(default=0, init=False)
     # Of the prompt, by the engine it is on now; and those that went to the client, whichever engine they came from.
     prompt_logprobs: int = field(default=0, init=False)
     prompt_logprobs_told: int = field(default=0, init=False)
+    # Its adapter is brought to a device for its sake.
+    causes_load: bool = field(default=False, init=False)
     migrations: int = field(default=0, init=False)
     stage_span: Span | None = field(default=None, init=False)
 
@@ -77,21 +90,40 @@ class Request:
     def has_answered(self) -> bool:
         return self.first_token_at is not None
 
-    @property
-    def charged_tokens(self) -> tuple[int, int]:
-        """Prompt tokens, and output tokens, to be charged for it, as far as is known."""
-        if self.started is None:
-            return self.estimated_prompt_tokens, self.output_tokens
-        return self.started.prompt_tokens - self.started.cached_prompt_tokens, self.output_tokens
+    def begin(self, started: Started) -> None:
+        """Notes what an engine says at first. One that goes on with an answer says nothing new but how long it waited."""
+        if self.started is not None:
+            started = replace(self.started, adapter_wait=self.started.adapter_wait + started.adapter_wait)
+        self.started = started
 
-    def delta(self, output: Output) -> Delta | None:
+    def sequence(self, sequence_id: int, traceparent: str) -> Sequence:
+        """What an engine gets to answer it, or to go on with the answer."""
+        return Sequence(
+            sequence_id=sequence_id,
+            request=self.wire,
+            adapter_digest=self.adapter.digest,
+            chat_template=self.adapter.chat_template,
+            traceparent=traceparent,
+            answered=self.answered,
+            prompt_tokens=self.started.prompt_tokens if self.started else 0,
+        )
+
+    @property
+    def work(self) -> tuple[int, int, int]:
+        """Prompt tokens, output tokens and bytes loaded, to be charged for it, as far as is known."""
+        if self.started is None:
+            return self.estimated_prompt_tokens, self.output_tokens, 0
+        computed = self.started.prompt_tokens - self.started.cached_prompt_tokens
+        return computed, self.output_tokens, self.adapter.size_bytes if self.causes_load else 0
+
+    def piece(self, output: Output) -> Piece | None:
         """What an output has for the client; None if nothing. What another engine said of the prompt is left out."""
         entries = output.prompt_logprobs
+        if not entries:
+            return output if output.text or output.token_ids else None
         fresh = entries[max(0, self.prompt_logprobs_told - self.prompt_logprobs) :]
         self.prompt_logprobs += len(entries)
         self.prompt_logprobs_told += len(fresh)
-        if not (output.text or output.token_ids or fresh):
-            return None
         return Delta(output.text, output.token_ids, output.logprobs, fresh)
 
     def completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:

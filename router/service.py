@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,9 @@ from router.dispatch import Cancel, Submit
 from router.errors import Draining, NoEngine
 from router.fleet import Engine
 from router.messages import Completion, Delta
-from router.outbox import Outbox
+from router.outbox import Outbox, Pulse, Whole
 from router.registry_view import RegistryView
-from router.request import Request
+from router.request import Request, Sink
 from router.validation import MAX_NAME_LENGTH, check_adapter_id, check_generation, check_name, check_prompt
 from router.wire import completion_message, delta_message, generation_from, prompt_from
 from servicekit.errors import Cancelled, DeadlineExceeded, InvalidField, ServiceError, code_of
@@ -40,6 +41,7 @@ class _Call:
     """One RPC for an answer, from its first to its last moment."""
 
     span: Span
+    arrived_at: float
     request: Request | None = None
     completion: Completion | None = None
     error: ServiceError | None = None
@@ -49,11 +51,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Hands requests to the loop by `post`; knows engines only to describe the base and to tokenise."""
 
     def __init__(
-        self, view: RegistryView, engines: Callable[[], list[Engine]], post: Callable[[Submit | Cancel], None]
+        self,
+        view: RegistryView,
+        engines: Callable[[], list[Engine]],
+        post: Callable[[Submit | Cancel], None],
+        unread_bytes: int,
     ) -> None:
         self._view = view
         self._engines = engines
         self._post = post
+        self._unread_bytes = unread_bytes
+        self._pulse = Pulse()
         self._open_calls = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -67,27 +75,37 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, message: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
-        response = generation_pb2.GenerateResponse()
-        text = []
-        async for event in self._answer(message, context):
-            if isinstance(event, Delta):
-                text.append(event.text)
-                response.token_ids.extend(event.token_ids)
-                response.logprobs.extend(event.logprobs)
-                response.prompt_logprobs.extend(event.prompt_logprobs)
-            else:
-                response.completion.CopyFrom(completion_message(event))
-        response.text = "".join(text)
-        return response
+        call = self._open(context)
+        try:
+            sink = Whole()
+            self._submit(call, message, context, sink)
+            delta, call.completion = await sink.answer()
+            return generation_pb2.GenerateResponse(
+                text=delta.text,
+                token_ids=delta.token_ids,
+                logprobs=delta.logprobs,
+                prompt_logprobs=delta.prompt_logprobs,
+                completion=completion_message(call.completion),
+            )
+        except ServiceError as error:
+            call.error = error
+            raise
 
-    async def StreamGenerate(
+    # Writes by itself instead of yielding: a generator around every message would cost as much as our part of it.
+    async def StreamGenerate(  # type: ignore[override]
         self, message: generation_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
-        async for event in self._answer(message, context):
-            if isinstance(event, Delta):
-                yield generation_pb2.StreamGenerateResponse(delta=delta_message(event))
-            else:
-                yield generation_pb2.StreamGenerateResponse(completion=completion_message(event))
+    ) -> None:
+        call = self._open(context)
+        try:
+            outbox = Outbox(self._pulse, self._unread_bytes)
+            self._submit(call, message, context, outbox)
+            while isinstance(event := await outbox.next(), Delta):
+                await context.write(generation_pb2.StreamGenerateResponse(delta=delta_message(event)))
+            call.completion = event
+            await context.write(generation_pb2.StreamGenerateResponse(completion=completion_message(event)))
+        except ServiceError as error:
+            call.error = error
+            raise
 
     async def Tokenize(
         self, message: generation_pb2.TokenizeRequest, context: Context
@@ -97,7 +115,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         adapter = self._view.resolve(message.adapter_id)
         request = engine_pb2.TokenizeRequest(request=message, chat_template=adapter.chat_template)
         try:
-            answer = await self._any_engine().stub.Tokenize(request, timeout=context.time_remaining())
+            answer = await self._engine_of(adapter.base_digest).stub.Tokenize(request, timeout=context.time_remaining())
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         return answer.response
@@ -106,44 +124,33 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, message: generation_pb2.GetModelInfoRequest, context: Context
     ) -> generation_pb2.GetModelInfoResponse:
         response = generation_pb2.GetModelInfoResponse()
-        response.CopyFrom(self._any_engine().model)
-        response.engine_ids[:] = sorted({engine.engine_id for engine in self._engines()})
+        base = self._engine_of("")
+        response.CopyFrom(base.model)
+        response.engine_ids[:] = sorted({e.engine_id for e in self._engines() if e.base_digest == base.base_digest})
         response.server_version = SERVER_VERSION
         return response
 
-    def _any_engine(self) -> Engine:
-        engines = self._engines()
+    def _engine_of(self, base: str) -> Engine:
+        """An engine of a base, or of the default one; rather one that is not about to end."""
+        engines = [engine for engine in self._engines() if base in ("", engine.base_digest)]
         if not engines:
             raise NoEngine()
-        return engines[0]
+        return min(engines, key=lambda engine: engine.is_draining)
 
-    async def _answer(
-        self, message: generation_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[Delta | Completion]:
-        """Yields deltas, then the completion. Whatever ends the RPC, `_closed` hears of it."""
-        arrived_at = time.monotonic()
+    def _open(self, context: Context) -> _Call:
+        """Begins a call. Whatever ends the RPC, `_closed` hears of it."""
         parent = context_from_metadata(tuple(context.invocation_metadata() or ()))
-        call = _Call(start_span("loraplex.receive", parent=parent, kind=SpanKind.SERVER))
+        call = _Call(start_span("loraplex.receive", parent=parent, kind=SpanKind.SERVER), time.monotonic())
         self._open_calls += 1
         self._idle.clear()
         context.add_done_callback(lambda _: self._closed(call, context))  # type: ignore[arg-type]
-        try:
-            outbox = Outbox()
-            call.request = self._accept(message, context, outbox, call.span, arrived_at)
-            self._post(Submit(call.request))
-            async for event in outbox.events():
-                if isinstance(event, Completion):
-                    call.completion = event
-                yield event
-        except ServiceError as error:
-            call.error = error
-            raise
+        return call
 
-    def _accept(
-        self, message: generation_pb2.GenerateRequest, context: Context, outbox: Outbox, span: Span, arrived_at: float
-    ) -> Request:
+    def _submit(self, call: _Call, message: generation_pb2.GenerateRequest, context: Context, sink: Sink) -> None:
+        """Checks a request and hands it to the loop. Raises ServiceError."""
         if self._draining:
             raise Draining()
+        span = call.span
         generation = generation_from(message)
         check_generation(generation)
         tenant = tenant_of(context)
@@ -152,16 +159,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         adapter = self._view.resolve(generation.adapter_id)
         span.set_attribute("loraplex.adapter_digest", adapter.digest)
         span.set_attribute("loraplex.adapter_tier", adapter.tier_name)
-        return Request(
+        if message.sampling.temperature > 0 and not message.sampling.HasField("seed"):
+            # So that another engine that goes on with the answer draws the same random numbers.
+            message.sampling.seed = secrets.randbits(63)
+        call.request = Request(
             request_id=request_id,
             tenant=tenant,
             adapter=adapter,
             estimated_prompt_tokens=generation.prompt.estimated_tokens(),
             wire=message,
-            sink=outbox,
+            sink=sink,
             span=span,
-            arrived_at=arrived_at,
+            arrived_at=call.arrived_at,
+            most_output_tokens=generation.stopping.max_output_tokens,
+            deadline=_deadline_of(context),
         )
+        self._post(Submit(call.request))
 
     def _closed(self, call: _Call, context: Context) -> None:
         status = "OK"
@@ -183,6 +196,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
 _GONE = Cancelled("the client is gone", "CLIENT_GONE")
 _TOO_LATE = DeadlineExceeded("the client's deadline has passed", "DEADLINE_EXCEEDED")
+
+
+def _deadline_of(context: Context) -> float | None:
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
 
 
 def tenant_of(context: Context) -> str:

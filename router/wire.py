@@ -8,7 +8,7 @@ from google.protobuf import duration_pb2
 
 from loraplex.engine.v1 import engine_pb2
 from loraplex.v1 import adapter_pb2, generation_pb2
-from router.messages import Completion, Delta, Failed, Finished, FinishReason, Output, Sequence, Started
+from router.messages import Completion, Credit, Delta, Failed, Finished, FinishReason, Output, Sequence, Started
 from router.registry_view import Adapter, Event, Kind, Tier, best_tier
 from router.validation import Generation, Prompt, Sampling, Stopping
 
@@ -99,6 +99,9 @@ def completion_message(completion: Completion) -> generation_pb2.Completion:
 
 
 def submit_message(sequence: Sequence) -> engine_pb2.DispatchRequest:
+    continuation = None
+    if sequence.answered:
+        continuation = engine_pb2.Continuation(token_ids=sequence.answered, prompt_tokens=sequence.prompt_tokens)
     return engine_pb2.DispatchRequest(
         submit=engine_pb2.SubmitSequence(
             sequence_id=sequence.sequence_id,
@@ -106,12 +109,17 @@ def submit_message(sequence: Sequence) -> engine_pb2.DispatchRequest:
             adapter_digest=sequence.adapter_digest,
             chat_template=sequence.chat_template,
             traceparent=sequence.traceparent,
+            continuation=continuation,
         )
     )
 
 
 def cancel_message(sequence_id: int) -> engine_pb2.DispatchRequest:
     return engine_pb2.DispatchRequest(cancel=engine_pb2.CancelSequence(sequence_id=sequence_id))
+
+
+def credit_from(frame: engine_pb2.StepFrame) -> Credit:
+    return Credit(frame.load.places if frame.load.HasField("places") else None, frame.draining)
 
 
 def output_from(message: engine_pb2.SequenceOutput) -> Output:
@@ -128,14 +136,9 @@ def output_from(message: engine_pb2.SequenceOutput) -> Output:
     elif kind == "failed":
         failed = message.failed
         end = Failed(failed.code, failed.reason, failed.message, dict(failed.metadata))
+    # By position: this runs for every token.
     return Output(
-        sequence_id=message.sequence_id,
-        text=message.text,
-        token_ids=list(message.token_ids),
-        logprobs=list(message.logprobs),
-        prompt_logprobs=list(message.prompt_logprobs),
-        started=started,
-        end=end,
+        message.sequence_id, message.text, message.token_ids, message.logprobs, message.prompt_logprobs, started, end
     )
 
 
@@ -147,10 +150,12 @@ def adapter_from(message: adapter_pb2.Adapter) -> Adapter:
         # The registry promises more than 0; a flow without any weight could never be charged.
         weight=message.weight if 0 < message.weight < math.inf else 1.0,
         chat_template=message.chat_template,
+        base_digest=message.base_digest,
         draining=message.state == adapter_pb2.Adapter.STATE_DRAINING,
         tier=best_tier(Tier(place.tier) for place in residency if place.tier),
         engines=frozenset(place.engine_id for place in residency if place.tier == adapter_pb2.TIER_DEVICE),
         created=message.create_time.ToNanoseconds(),
+        size_bytes=message.size_bytes,
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.accounts import Where
-from router.flows import MICRO, Flows, Tariff, Ticket
+from router.flows import MICRO, Flows, Tariff, Ticket, Work
 
 TARIFF = Tariff.of(1, 2)
 ON_DEVICE = frozenset({"engine-0"})
@@ -159,8 +159,8 @@ def test_corrections_do_not_drift(weight: float, totals: list[tuple[int, int]]) 
         flows.charge(ticket, prompt, output)
     # Then only the last totals count, to the last micro-token
     numerator, denominator = weight.as_integer_ratio()
-    assert flows.charge_of("t", "a") == TARIFF.cost(*totals[-1]) * denominator // numerator
-    assert flows.charge_of("t") == TARIFF.cost(*totals[-1])
+    assert flows.charge_of("t", "a") == TARIFF.cost(Work(*totals[-1])) * denominator // numerator
+    assert flows.charge_of("t") == TARIFF.cost(Work(*totals[-1]))
 
 
 def test_names_without_end_do_not_fill_the_memory() -> None:
@@ -260,15 +260,16 @@ class Model(RuleBasedStateMachine):
             return not only_on_device or where == ON_DEVICE
 
         open_ = [key for key, queue in self.queues.items() if queue and is_open(self.where[key[1]])]
+        tenants = {tenant: self.flows.charge_of(tenant) for tenant, _ in open_}
+        flows = {key: self.flows.charge_of(*key) for key in open_}
         ticket = self.flows.pick(is_open)
         if not open_:
             assert ticket is None
             return
         assert ticket
-        least = min(self.flows.charge_of(tenant) for tenant, _ in open_)
-        assert self.flows.charge_of(ticket.tenant) == least
-        own = [key for key in open_ if key[0] == ticket.tenant]
-        assert self.flows.charge_of(ticket.tenant, ticket.digest) == min(self.flows.charge_of(*key) for key in own)
+        assert tenants[ticket.tenant] == min(tenants.values())
+        own = [charge for key, charge in flows.items() if key[0] == ticket.tenant]
+        assert flows[ticket.tenant, ticket.digest] == min(own)
         assert self.queues[ticket.tenant, ticket.digest].pop(0) is ticket
         self.picked.append(ticket)
 

@@ -103,6 +103,7 @@ class Adapter(_message.Message):
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """1 to 128 characters of letters, digits, ".", "_", "-" and "/", starting
     with a letter or digit.
@@ -132,6 +133,10 @@ class Adapter(_message.Message):
     source_revision: _builtins.str
     """What the source said it was when this version was read: a commit, an ETag
     or version ids. Empty when the source has no such thing.
+    """
+    base_digest: _builtins.str
+    """sha256 of the base it was validated against, in hex: engines that serve
+    another base do not serve it.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -178,10 +183,11 @@ class Adapter(_message.Message):
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         leases: _abc.Iterable[Global___Lease] | None = ...,
         failure: Global___Failure | None = ...,
+        base_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_digest", b"base_digest", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

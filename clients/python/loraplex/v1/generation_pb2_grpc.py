@@ -81,8 +81,10 @@ class GenerationServiceServicer(object):
         - UNIMPLEMENTED: a field this server does not serve yet was set; the
         metadata names it.
         - RESOURCE_EXHAUSTED: a queue is full; carries google.rpc.RetryInfo.
-        - UNAVAILABLE: nothing was answered; safe to retry.
-        - ABORTED: lost after tokens were produced and could not be continued.
+        - UNAVAILABLE: no engine can answer, or go on with an answer whose engine was
+        lost; nothing was charged, and the same request may be sent again.
+        - ABORTED: lost after tokens were produced for another reason, such as its
+        adapter having been removed by force.
         - DEADLINE_EXCEEDED, CANCELLED: as gRPC defines them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

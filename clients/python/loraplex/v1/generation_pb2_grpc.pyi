@@ -49,8 +49,10 @@ class GenerationServiceStub:
     - UNIMPLEMENTED: a field this server does not serve yet was set; the
       metadata names it.
     - RESOURCE_EXHAUSTED: a queue is full; carries google.rpc.RetryInfo.
-    - UNAVAILABLE: nothing was answered; safe to retry.
-    - ABORTED: lost after tokens were produced and could not be continued.
+    - UNAVAILABLE: no engine can answer, or go on with an answer whose engine was
+      lost; nothing was charged, and the same request may be sent again.
+    - ABORTED: lost after tokens were produced for another reason, such as its
+      adapter having been removed by force.
     - DEADLINE_EXCEEDED, CANCELLED: as gRPC defines them.
     """
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.StreamGenerateResponse]
@@ -91,8 +93,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     - UNIMPLEMENTED: a field this server does not serve yet was set; the
       metadata names it.
     - RESOURCE_EXHAUSTED: a queue is full; carries google.rpc.RetryInfo.
-    - UNAVAILABLE: nothing was answered; safe to retry.
-    - ABORTED: lost after tokens were produced and could not be continued.
+    - UNAVAILABLE: no engine can answer, or go on with an answer whose engine was
+      lost; nothing was charged, and the same request may be sent again.
+    - ABORTED: lost after tokens were produced for another reason, such as its
+      adapter having been removed by force.
     - DEADLINE_EXCEEDED, CANCELLED: as gRPC defines them.
     """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
@@ -136,8 +140,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         - UNIMPLEMENTED: a field this server does not serve yet was set; the
           metadata names it.
         - RESOURCE_EXHAUSTED: a queue is full; carries google.rpc.RetryInfo.
-        - UNAVAILABLE: nothing was answered; safe to retry.
-        - ABORTED: lost after tokens were produced and could not be continued.
+        - UNAVAILABLE: no engine can answer, or go on with an answer whose engine was
+          lost; nothing was charged, and the same request may be sent again.
+        - ABORTED: lost after tokens were produced for another reason, such as its
+          adapter having been removed by force.
         - DEADLINE_EXCEEDED, CANCELLED: as gRPC defines them.
         """
 

@@ -63,6 +63,7 @@ class SubmitSequence(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Chosen by the router, unique on this stream."""
     adapter_digest: _builtins.str
@@ -75,6 +76,10 @@ class SubmitSequence(_message.Message):
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request as the client sent it, its cheap checks done."""
 
+    @_builtins.property
+    def continuation(self) -> Global___Continuation:
+        """Set when another engine has answered part of the request already."""
+
     def __init__(
         self,
         *,
@@ -83,14 +88,51 @@ class SubmitSequence(_message.Message):
         adapter_digest: _builtins.str = ...,
         chat_template: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        continuation: Global___Continuation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "chat_template", b"chat_template", "request", b"request", "sequence_id", b"sequence_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "chat_template", b"chat_template", "continuation", b"continuation", "request", b"request", "sequence_id", b"sequence_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitSequence: _TypeAlias = SubmitSequence  # noqa: Y015
+
+@_typing.final
+class Continuation(_message.Message):
+    """What was answered by an engine that was lost. The engine computes the keys and
+    values of prompt and answer and goes on as if it had produced the answer
+    itself: no text, token or log probability of it is sent again, limits,
+    penalties and SequenceFinished.output_tokens count it, and
+    SequenceStarted.prompt_tokens is the prompt without it. The request has the
+    seed the answer was drawn with.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt as the first engine counted them; one that counts
+    otherwise refuses with ABORTED.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The answer so far, all its tokens."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
 
 @_typing.final
 class CancelSequence(_message.Message):
@@ -158,7 +200,7 @@ class EngineReady(_message.Message):
     engine_id: _builtins.str
     """The engine's id."""
     max_sequences: _builtins.int
-    """Most sequences to have on this engine, those of all routers together."""
+    """Most sequences that run at the same time, those of all routers together."""
     @_builtins.property
     def model(self) -> _generation_pb2.GetModelInfoResponse:
         """The base it serves; engine_ids and server_version are left empty."""
@@ -187,8 +229,13 @@ class StepFrame(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Number of the step; 0 when no step ran."""
+    draining: _builtins.bool
+    """The engine is about to end: it takes nothing new, and what runs has a while
+    to finish.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """What happened to sequences, at most one entry each."""
@@ -203,10 +250,11 @@ class StepFrame(_message.Message):
         step: _builtins.int = ...,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         load: Global___EngineLoad | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,6 +459,7 @@ class EngineLoad(_message.Message):
     LOADING_COUNT_FIELD_NUMBER: _builtins.int
     FREE_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
     running_count: _builtins.int
     """Sequences that were in the last step."""
     waiting_count: _builtins.int
@@ -421,6 +470,11 @@ class EngineLoad(_message.Message):
     """KV blocks that are free."""
     total_block_count: _builtins.int
     """KV blocks in all."""
+    places: _builtins.int
+    """Most sequences this router may have on the engine now, those not counted
+    that wait for their adapter: what the next steps have room for beside the
+    sequences of other routers. Unset means EngineReady.max_sequences.
+    """
     def __init__(
         self,
         *,
@@ -429,12 +483,15 @@ class EngineLoad(_message.Message):
         loading_count: _builtins.int = ...,
         free_block_count: _builtins.int = ...,
         total_block_count: _builtins.int = ...,
+        places: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_places", b"_places", "places", b"places"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_block_count", b"free_block_count", "loading_count", b"loading_count", "running_count", b"running_count", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_places", b"_places", "free_block_count", b"free_block_count", "loading_count", b"loading_count", "places", b"places", "running_count", b"running_count", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__places: _TypeAlias = _typing.Literal["places"]  # noqa: Y015
+    _WhichOneofArgType__places: _TypeAlias = _typing.Literal["_places", b"_places"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__places) -> _WhichOneofReturnType__places | None: ...
 
 Global___EngineLoad: _TypeAlias = EngineLoad  # noqa: Y015
 

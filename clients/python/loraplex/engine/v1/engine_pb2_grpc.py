@@ -54,8 +54,9 @@ class EngineServiceServicer(object):
     def Dispatch(self, request_iterator, context):
         """One stream per router. The router submits and cancels sequences; the engine
         answers with one EngineReady first and then with one StepFrame per step
-        that has something to say, and at least one a second. When the stream ends,
-        all its sequences end.
+        that has something to say. Without one, and while its steps get on, it sends
+        a frame at least once a second: silence means that it hangs. When the stream
+        ends, all its sequences end; the router may continue them elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,8 +36,9 @@ class EngineServiceStub:
     Dispatch: _grpc.StreamStreamMultiCallable[_engine_pb2.DispatchRequest, _engine_pb2.DispatchResponse]
     """One stream per router. The router submits and cancels sequences; the engine
     answers with one EngineReady first and then with one StepFrame per step
-    that has something to say, and at least one a second. When the stream ends,
-    all its sequences end.
+    that has something to say. Without one, and while its steps get on, it sends
+    a frame at least once a second: silence means that it hangs. When the stream
+    ends, all its sequences end; the router may continue them elsewhere.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_engine_pb2.TokenizeRequest, _engine_pb2.TokenizeResponse]
     """Returns the token ids a prompt becomes."""
@@ -50,8 +51,9 @@ class EngineServiceAsyncStub(EngineServiceStub):
     Dispatch: _aio.StreamStreamMultiCallable[_engine_pb2.DispatchRequest, _engine_pb2.DispatchResponse]  # type: ignore[assignment]
     """One stream per router. The router submits and cancels sequences; the engine
     answers with one EngineReady first and then with one StepFrame per step
-    that has something to say, and at least one a second. When the stream ends,
-    all its sequences end.
+    that has something to say. Without one, and while its steps get on, it sends
+    a frame at least once a second: silence means that it hangs. When the stream
+    ends, all its sequences end; the router may continue them elsewhere.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_engine_pb2.TokenizeRequest, _engine_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Returns the token ids a prompt becomes."""
@@ -67,8 +69,9 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.DispatchResponse], _abc.AsyncIterator[_engine_pb2.DispatchResponse]]:
         """One stream per router. The router submits and cancels sequences; the engine
         answers with one EngineReady first and then with one StepFrame per step
-        that has something to say, and at least one a second. When the stream ends,
-        all its sequences end.
+        that has something to say. Without one, and while its steps get on, it sends
+        a frame at least once a second: silence means that it hangs. When the stream
+        ends, all its sequences end; the router may continue them elsewhere.
         """
 
     @_abc_1.abstractmethod
