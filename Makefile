@@ -7,7 +7,7 @@ PROTO_FILES := $(shell find proto -name '*.proto' | sort)
 PACKAGES := router engine cache launcher servicekit demo clients/python tests bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto fmt check test demo serve bench compose-test clean
+.PHONY: help setup proto fmt check test demo serve bench gpu compose-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -71,6 +71,10 @@ serve: $(VENV)/.ready ## start everything on port 50051 and stay up; ARGS go to 
 
 bench: $(VENV)/.ready ## load generator against a running server; ARGS go to `loraplex bench`
 	@$(BIN)/loraplex bench $(ARGS)
+
+gpu: $(VENV)/.ready ## kernel tests on this GPU, then the benchmark (bench/gpu); without one, a dry run of both
+	@$(BIN)/python -m pytest -q tests/kernels -m interpreted
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 compose-test: $(VENV)/.ready ## build the images, bring the stack up, stream a request, find its trace, take it down
 	@tests/compose/run.sh

@@ -40,7 +40,7 @@ class Plan:
     adapter_mib: int = 24 * 1024
 
 
-TINY_PLAN = Plan((1, 2), (1, 2), (4, 3), 2, 4, 20, 40, 2, 2, 6, 3, 2, 64)
+TINY_PLAN = Plan((1, 2), (1, 2), (4,), 2, 4, 20, 40, 2, 2, 6, 3, 2, 64)
 
 
 @dataclass

@@ -53,27 +53,26 @@ def both(
     return answers[0], answers[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
 def test_greedy_tokens_are_those_of_torch(folder: Callable[[str], Path], family: str) -> None:
     wanted = [
-        request([3, 14, 15], max_output_tokens=9),
-        request(list(range(20, 61)), max_output_tokens=6),
+        request([3, 14, 15], max_output_tokens=6),
+        request(list(range(20, 51)), max_output_tokens=4),
         request([7], max_output_tokens=3),
-        request([9] * 17, max_output_tokens=4),
     ]
     torch_path, kernels = both(folder(family), *wanted)
     assert kernels == torch_path
-    assert [len(tokens) for tokens in kernels] and any(kernels)
+    assert any(kernels)
 
 
 def test_adapters_give_the_tokens_of_torch_alone_and_beside_each_other(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     place = folder("llama")
-    adapters = four_adapters(place, tmp_path, "llama")
+    adapters = four_adapters(place, tmp_path, "llama")[1:3]
     wanted = [
-        request([3 + number, 5, 7], adapter, max_output_tokens=7)
-        for number, adapter in enumerate(["", *(adapter.digest for adapter in adapters), adapters[2].digest])
+        request([3 + number, 5, 7], adapter, max_output_tokens=4)
+        for number, adapter in enumerate(["", *(adapter.digest for adapter in adapters), adapters[0].digest])
     ]
     answers = []
     for kernels in (False, True):
@@ -81,7 +80,7 @@ def test_adapters_give_the_tokens_of_torch_alone_and_beside_each_other(
             engine.install(*adapters)
             answers.append([collected.token_ids for collected in engine.run(*wanted, timeout=120)])
     assert answers[0] == answers[1]
-    assert len(set(map(tuple, answers[1]))) > 3
+    assert len(set(map(tuple, answers[1]))) == len(wanted)
 
 
 def test_every_way_of_sampling_gives_the_tokens_of_torch(folder: Callable[[str], Path]) -> None:
@@ -92,10 +91,10 @@ def test_every_way_of_sampling_gives_the_tokens_of_torch(folder: Callable[[str],
         {"temperature": 1.0, "top_k": 5, "min_p": 0.05, "seed": 7},
         {"temperature": 0.9, "repetition_penalty": 1.4, "seed": 8},
         {"top_logprobs": 2},
-        {"min_output_tokens": 6},
+        {"min_output_tokens": 5},
         {"logit_bias": {11: 4.0}},
     ]
-    wanted = [request([4 + place, 30], max_output_tokens=7, **way) for place, way in enumerate(ways)]
+    wanted = [request([4 + place, 30], max_output_tokens=6, **way) for place, way in enumerate(ways)]
     torch_path, kernels = both(folder("llama"), *wanted)
     assert kernels == torch_path
 
@@ -124,10 +123,10 @@ def test_a_cancelled_sequence_leaves_nothing_behind_while_its_step_is_under_way(
     with InProcess(opened(folder("llama"), kernels=True)) as engine:
         router = Router()
         engine.loop.post(Submit(router, request([3, 4, 5], sequence_id=1, max_output_tokens=200, eos_ids=frozenset())))
-        engine.loop.post(Submit(router, request([6, 7, 8], sequence_id=2, max_output_tokens=40, eos_ids=frozenset())))
+        engine.loop.post(Submit(router, request([6, 7, 8], sequence_id=2, max_output_tokens=20, eos_ids=frozenset())))
         router.wait_for_tokens(1, 5)
         engine.loop.post(Cancel(router, 1))
         router.wait(2, timeout=120)
-        alone = engine.run(request([6, 7, 8], max_output_tokens=40, eos_ids=frozenset()))[0]
+        alone = engine.run(request([6, 7, 8], max_output_tokens=20, eos_ids=frozenset()))[0]
         assert router.sequences[2].token_ids == alone.token_ids
         assert engine.loop.load.running == 0 and engine.loop.load.free_blocks == 64
