@@ -24,7 +24,7 @@ from engine.kernels.lora.form import Form, table_for
 from engine.lora import DeviceAdapter, DeviceSegment, Projection
 from engine.rank_layout import Kind, kinds_of, row_width
 from engine.rank_load import Destination, Loader, has_passed
-from engine.rank_pieces import Extent, Layout
+from engine.rank_pieces import Extent, Layout, Plan
 from engine.rank_rows import RowPool, Rows, RowTable
 from engine.rank_work import SHRINK_ITEM, Block, Bucket, Ints, Span, bucket_of, expand_item, items_of
 
@@ -157,27 +157,30 @@ class RankStore:
         self._planes: dict[int, torch.Tensor] = {}
         self._last: tuple[object, Bucket] | None = None
 
-    def load(self, digest: str, content: torch.Tensor, extents: Mapping[str, Extent]) -> RankedAdapter:
+    def plan(self, extents: Mapping[str, Extent]) -> Plan:
+        """How artifacts whose tensors are at these places are loaded; all of them must fit the base."""
+        return self.layout.plan(extents)
+
+    def load(self, digest: str, numbers: torch.Tensor, plan: Plan) -> RankedAdapter:
         """Takes rows for an adapter and starts to fill them.
 
         Raises DeviceFull, with nothing changed, when too few rows are free.
 
         Args:
-            content: uint8, the artifact's file; read until the last arrival.
-            extents: where each of its tensors is in it; all fit the base.
+            numbers: uint8, the artifact's file behind its header; read until the last arrival.
+            plan: for artifacts of this shape.
         """
-        ranks = self.layout.ranks_of(extents)
-        rows = self._allot(ranks)
+        rows = self._allot(plan.rows)
         to = [Destination(arena.tensor, held) if held else None for arena, held in zip(self.arenas, rows, strict=True)]
         try:
-            arrivals = self._loader.fill(content, self.layout.layers_of(extents), to)
+            arrivals = self._loader.fill(numbers, plan.layers, to)
         except BaseException:
             self._give_back(rows)
             raise
-        size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
         return RankedAdapter(
-            digest, (), size, store=self, rows=rows, ranks=ranks, totals=tuple(map(sum, ranks)),
-            offsets=tuple(self.layout.offsets(ranks)), arrivals=arrivals,
+            digest, (), sum(count * each for count, each in zip(plan.rows, self.row_bytes, strict=True)),
+            store=self, rows=rows, ranks=plan.ranks, totals=tuple(map(sum, plan.ranks)), offsets=plan.offsets,
+            arrivals=arrivals,
         )  # fmt: skip
 
     def release(self, adapter: RankedAdapter) -> None:
@@ -234,11 +237,11 @@ class RankStore:
         """Memory of the rows that are free."""
         return sum(arena.pool.free_count * each for arena, each in zip(self.arenas, self.row_bytes, strict=True))
 
-    def _allot(self, ranks: Sequence[Sequence[int]]) -> tuple[Rows | None, ...]:
+    def _allot(self, counts: Sequence[int]) -> tuple[Rows | None, ...]:
         taken: list[Rows | None] = []
         with self._lock:
             try:
-                for arena, count in zip(self.arenas, self.layout.rows_of(ranks), strict=True):
+                for arena, count in zip(self.arenas, counts, strict=True):
                     taken.append(arena.pool.allot(count) if count else None)
             except RowsFull as error:
                 for arena, rows in zip(self.arenas, taken, strict=False):
