@@ -13,106 +13,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.errors import DeviceFull, RowsFull
-from engine.kernels.lora import launch
 from engine.kernels.lora.form import Form, table_for
-from engine.lora import DeviceAdapter, DeviceSegment, Projection
-from engine.rank_layout import Kind, kinds_of, row_width
-from engine.rank_load import Destination, Loader, has_passed
-from engine.rank_pieces import Extent, Layout
+from engine.lora import DeviceSegment
+from engine.projection import Projection
+from engine.rank_layout import kinds_of, row_width
+from engine.rank_load import Destination, Loader
+from engine.rank_pieces import Extent, Layout, Plan
 from engine.rank_rows import RowPool, Rows, RowTable
+from engine.rank_step import Arena, RankedAdapter, RankStep, Work
 from engine.rank_work import SHRINK_ITEM, Block, Bucket, Ints, Span, bucket_of, expand_item, items_of
-
-
-@dataclass(eq=False)
-class Arena:
-    """Rows of all kinds with the same number of layers.
-
-    Attributes:
-        tensor: [layers, rows, width].
-        table: int32 [rows], lists of scattered rows.
-    """
-
-    tensor: torch.Tensor
-    table: torch.Tensor
-    pool: RowPool
-    lists: RowTable
-
-
-@dataclass(frozen=True, eq=False)
-class RankedAdapter(DeviceAdapter):
-    """An adapter whose tensors are rows of a store.
-
-    Attributes:
-        rows: by arena; None where it has none.
-        ranks: by kind and target.
-        totals: by kind, the ranks of all targets.
-        offsets: by kind, where its block begins among the rows.
-        blocks: by kind, as they were made for the places that its rows begin at, by arena.
-        arrivals: by projection, what a stream waits for before it reads the projection's rows; empty once all are there.
-    """
-
-    store: RankStore = field(kw_only=True)
-    rows: tuple[Rows | None, ...] = field(kw_only=True)
-    ranks: tuple[tuple[int, ...], ...] = field(kw_only=True)
-    totals: tuple[int, ...] = field(kw_only=True)
-    offsets: tuple[int, ...] = field(kw_only=True)
-    blocks: dict[tuple[int, ...], tuple[Block | None, ...]] = field(default_factory=dict, kw_only=True)
-    arrivals: dict[int, torch.cuda.Event] = field(kw_only=True)
-
-    @property
-    def is_coming(self) -> bool:
-        """Whether some of its layers may not be there yet."""
-        if self.arrivals and all(map(has_passed, self.arrivals.values())):
-            self.arrivals.clear()
-        return bool(self.arrivals)
-
-    def release(self) -> None:
-        self.store.release(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Launches of one kind in one step."""
-
-    kind: Kind
-    arena: Arena
-    shrink: torch.Tensor
-    expand: torch.Tensor
-    z: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """What the segments of a step add: two launches for each projection that any of them touches.
-
-    Attributes:
-        works: by kind; None where no adapter of the step has any rank.
-        kinds: by projection, its kind and its layer among those of the kind.
-        coming: adapters of which some layers may still be on their way.
-    """
-
-    form: Form
-    works: tuple[_Work | None, ...]
-    kinds: tuple[tuple[int, int], ...]
-    coming: tuple[RankedAdapter, ...]
-
-    def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        kind, layer = self.kinds[number]
-        work = self.works[kind]
-        if work is None:
-            return
-        for adapter in self.coming:
-            if number in adapter.arrivals:
-                torch.cuda.current_stream().wait_event(adapter.arrivals[number])
-        rows, table = work.arena.tensor[layer], work.arena.table
-        launch.shrink(x, rows, table, work.shrink, work.z, self.form)
-        launch.expand(work.z, rows, table, work.expand, y, work.kind.columns, self.form)
 
 
 @dataclass(slots=True)
@@ -120,7 +35,7 @@ class _Buffers:
     """Memory of a bucket, and what was written to it last."""
 
     items: torch.Tensor
-    works: tuple[_Work | None, ...]
+    works: tuple[Work | None, ...]
     written: object = None
 
 
@@ -157,32 +72,31 @@ class RankStore:
         self._planes: dict[int, torch.Tensor] = {}
         self._last: tuple[object, Bucket] | None = None
 
-    def load(self, digest: str, content: torch.Tensor, extents: Mapping[str, Extent]) -> RankedAdapter:
+    def plan(self, extents: Mapping[str, Extent]) -> Plan:
+        """How artifacts whose tensors are at these places are loaded; all of them must fit the base."""
+        return self.layout.plan(extents)
+
+    def load(self, digest: str, numbers: torch.Tensor, plan: Plan) -> RankedAdapter:
         """Takes rows for an adapter and starts to fill them.
 
         Raises DeviceFull, with nothing changed, when too few rows are free.
 
         Args:
-            content: uint8, the artifact's file; read until the last arrival.
-            extents: where each of its tensors is in it; all fit the base.
+            numbers: uint8, the artifact's file behind its header; read until the last arrival.
+            plan: for artifacts of this shape.
         """
-        ranks = self.layout.ranks_of(extents)
-        rows = self._allot(ranks)
+        rows = self._allot(plan.rows)
         to = [Destination(arena.tensor, held) if held else None for arena, held in zip(self.arenas, rows, strict=True)]
         try:
-            arrivals = self._loader.fill(content, self.layout.layers_of(extents), to)
+            arrivals = self._loader.fill(numbers, plan.layers, to)
         except BaseException:
             self._give_back(rows)
             raise
-        size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
         return RankedAdapter(
-            digest, (), size, store=self, rows=rows, ranks=ranks, totals=tuple(map(sum, ranks)),
-            offsets=tuple(self.layout.offsets(ranks)), arrivals=arrivals,
+            digest, (), sum(count * each for count, each in zip(plan.rows, self.row_bytes, strict=True)),
+            give_back=self._give_back, rows=rows, ranks=plan.ranks, totals=tuple(map(sum, plan.ranks)), offsets=plan.offsets,
+            arrivals=arrivals,
         )  # fmt: skip
-
-    def release(self, adapter: RankedAdapter) -> None:
-        """Frees the rows of an adapter that no later step will use; steps that were launched may still read them."""
-        self._give_back(adapter.rows)
 
     def arrange(self, segments: Sequence[DeviceSegment]) -> list[RankStep]:
         """How these segments of a step are computed: nothing for none."""
@@ -234,11 +148,11 @@ class RankStore:
         """Memory of the rows that are free."""
         return sum(arena.pool.free_count * each for arena, each in zip(self.arenas, self.row_bytes, strict=True))
 
-    def _allot(self, ranks: Sequence[Sequence[int]]) -> tuple[Rows | None, ...]:
+    def _allot(self, counts: Sequence[int]) -> tuple[Rows | None, ...]:
         taken: list[Rows | None] = []
         with self._lock:
             try:
-                for arena, count in zip(self.arenas, self.layout.rows_of(ranks), strict=True):
+                for arena, count in zip(self.arenas, counts, strict=True):
                     taken.append(arena.pool.allot(count) if count else None)
             except RowsFull as error:
                 for arena, rows in zip(self.arenas, taken, strict=False):
@@ -295,14 +209,14 @@ class RankStore:
             sizes += [bucket.shrink_items(kind) * SHRINK_ITEM, bucket.tiles * expand_item(kind)] if touched else [0, 0]
         items = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
         parts = torch.split(items, sizes)
-        works: list[_Work | None] = []
+        works: list[Work | None] = []
         for number, kind in enumerate(self.kinds):
             if not bucket.touched[number]:
                 works.append(None)
                 continue
             shrink, expand = parts[2 * number].view(-1, SHRINK_ITEM), parts[2 * number + 1].view(bucket.tiles, -1)
             arena = self.arenas[self.layout.arena_of[number]]
-            works.append(_Work(kind, arena, shrink, expand, self._z(bucket.form, len(shrink))))
+            works.append(Work(kind, arena, shrink, expand, self._z(bucket.form, len(shrink))))
         self._buffers[bucket] = _Buffers(items, tuple(works))
         return self._buffers[bucket]
 

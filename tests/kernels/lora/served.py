@@ -16,7 +16,8 @@ from engine.kernels.lora import launch, reference
 from engine.lora import DeviceAdapter, DeviceSegment
 from engine.model import Base
 from engine.rank_reader import RankReader
-from engine.rank_store import RankedAdapter, RankStore
+from engine.rank_step import RankedAdapter
+from engine.rank_store import RankStore
 from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine.errors import BadArtifact, DeviceFull, StaleRows
 from engine.lora import DeviceSegment
 from engine.messages import Evict, Evicted, Install, Loaded, LoadFailed
-from engine.rank_store import RankedAdapter
+from engine.rank_step import RankedAdapter
 from tests.engine.harness import InProcess, request
 from tests.engine.tiny import Oracle, TinyAdapter, four_adapters, make_adapter, make_model, write_artifact
 from tests.kernels.lora.served import logits, read, torch_kernels, with_rows
