@@ -1,4 +1,4 @@
-"""One engine as the cache sees it, in any order of events: no illegal move, budgets kept, leases respected, and every lease ends.
+"""One engine as the cache sees it, in any order of events: no illegal move, budgets and leases kept, every lease ends.
 
 The device on the other side is modelled as the real one behaves: it loads and evicts when it comes to it, and refuses to evict
 what its sequences use.
