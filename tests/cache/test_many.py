@@ -60,9 +60,9 @@ async def test_a_thousand_adapters_keep_every_budget_and_memory_flat(own_store: 
             digests += [adapter.digest for adapter in made]
         await room_for(cache, engine, HELD)
         used, rng = random.Random(1).sample(digests, USED), random.Random(2)
-        await use_all(cache, engine, used, rng, 100)
+        await use_all(cache, engine, used, rng, 40)
         before = psutil.Process().memory_info().rss
-        await use_all(cache, engine, used, rng, 100)
+        await use_all(cache, engine, used, rng, 40)
         grown = psutil.Process().memory_info().rss - before
         # The fake engine asserts its own budget with every load
         assert not engine.refusals and not engine.task.done()
