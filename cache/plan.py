@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# For so many of the look-ahead room is made, so that the next loads are under way before they are waited for. More would
-# evict before it is known what else is asked for; and what fits without an eviction is loaded anyway.
+# So many of the look-ahead are loaded before they are waited for, so that the next loads are under way. To load more would be to
+# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded.
 EAGER = 2
 
 
@@ -111,6 +111,8 @@ def plan(
     loads: list[str] = []
     waiting: list[str] = []
     hopeless: list[str] = []
+    missing = sum(want.size_bytes for want in needs if want.digest in near and want.digest not in here)
+    eager = len(needs) if missing <= room.free else EAGER
     ahead = 0
     for want in needs:
         ahead += not want.urgent
@@ -119,11 +121,11 @@ def plan(
         if want.size_bytes > budget_bytes:
             hopeless.append(want.digest)
             continue
-        if want.digest in near and ahead <= EAGER and room.take(want.size_bytes):
+        if want.digest in near and ahead <= eager and room.take(want.size_bytes):
             loads.append(want.digest)
             continue
         waiting.append(want.digest)
-        if want.digest in near and ahead <= EAGER:
+        if want.digest in near and ahead <= eager:
             room.make(want.size_bytes, policy, budget_bytes * tenant_share)
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
 
@@ -153,22 +155,22 @@ class _Room:
 
     def __init__(self, free: int, here: dict[str, Resident], needs: Sequence[Wanted], near: set[str]) -> None:
         self.evictions: list[str] = []
-        self._free = free
+        self.free = free
         self._coming = sum(resident.size_bytes for resident in here.values() if resident.leaving)
         self._here, self._needs, self._near = here, needs, near
         self._victims: list[Resident] | None = None
 
     def take(self, size_bytes: int) -> bool:
         """Takes some of what is free, if that is enough."""
-        if size_bytes > self._free:
+        if size_bytes > self.free:
             return False
-        self._free -= size_bytes
+        self.free -= size_bytes
         return True
 
     def make(self, size_bytes: int, policy: Policy, quota_bytes: float) -> None:
         """Keeps what is free for something larger, and evicts for what it lacks beside what is coming anyway."""
-        lacking = size_bytes - max(self._free, 0) - self._coming
-        self._free = min(self._free, 0)
+        lacking = size_bytes - max(self.free, 0) - self._coming
+        self.free = min(self.free, 0)
         if lacking > 0:
             if self._victims is None:
                 self._victims = self._in_order(policy, quota_bytes)
