@@ -149,10 +149,10 @@ class CacheLink:
     async def _read(self, load: wire.LoadArtifact) -> DeviceAdapter:
         """An adapter from the host tier, mapped; as a stream when the cache is on another machine."""
         threads = asyncio.get_running_loop()
-        if os.path.exists(load.path) or self._channel is None:
+        if os.path.exists(load.path) or self._channel is None:  # noqa: ASYNC240 - in shared memory
             return await threads.run_in_executor(self._executor, self._reader.read, load.digest, load.path)
         async with copied(self._channel, load.digest, self._base.dtype) as path:
-            reader = replace(self._reader, host_tier=glob.escape(os.path.realpath(path.parent)))
+            reader = replace(self._reader, host_tier=glob.escape(os.path.realpath(path.parent)))  # noqa: ASYNC240
             return await threads.run_in_executor(self._executor, reader.read, load.digest, str(path))
 
     def _send(self, report: Report) -> None:
