@@ -99,6 +99,7 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
     SOURCE_REVISION_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
@@ -129,6 +130,10 @@ class Adapter(_message.Message):
     """What can be asked of it."""
     chat_template: _builtins.str
     """Its own chat template; empty when it uses the base's."""
+    base_digest: _builtins.str
+    """sha256 of the base it was validated against, in hex: engines that serve
+    another base do not serve it.
+    """
     source_revision: _builtins.str
     """What the source said it was when this version was read: a commit, an ETag
     or version ids. Empty when the source has no such thing.
@@ -174,6 +179,7 @@ class Adapter(_message.Message):
         residency: _abc.Iterable[Global___Residency] | None = ...,
         chat_template: _builtins.str = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        base_digest: _builtins.str = ...,
         source_revision: _builtins.str = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         leases: _abc.Iterable[Global___Lease] | None = ...,
@@ -181,7 +187,7 @@ class Adapter(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_digest", b"base_digest", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
