@@ -71,8 +71,8 @@ class Adapters:
             return await self._read(asked, expected_digest, credentials, base)
         if (error := self._broken.error(_content_of(asked), time.monotonic())) is not None:
             raise error
-        async with self._manager.flights.alone("register", *_content_of(asked).split("\n")):
-            known = await self._known(asked, base)
+        async with self._manager.flights.alone("register", *_content_of(asked).split("\n")) as waited:
+            known = await self._known(asked, base, waited)
             if known is not None and expected_digest in (None, known.digest):
                 return await self._share(asked, known, base)
             return await self._read(asked, expected_digest, credentials, base)
@@ -98,13 +98,15 @@ class Adapters:
             await self._shelf.bring_to_host(ArtifactKey(artifact.digest, base.dtype))
             return await self._point(_described(asked, artifact), base)
 
-    async def _known(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord | None:
+    async def _known(self, asked: AdapterRecord, base: BaseDescription, waited: bool) -> AdapterRecord | None:
         """An adapter that was read from the same source at the same revision, on any node, and is to be had."""
-        records = (await self._link.registry.load()).records.values()
+        if waited:
+            # Whoever was waited for may have registered it on another node, and the news may still be on its way.
+            await self._link.reconcile()
+        records = self._view.records.values()
         known = next((record for record in records if _content_of(record) == _content_of(asked)), None)
         if known is None:
             return None
-        self._view.take(known)
         with self._manager.protected(known.digest):
             try:
                 await self._shelf.bring_to_disk(ArtifactKey(known.digest, base.dtype))

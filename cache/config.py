@@ -18,7 +18,9 @@ class Settings:
     """The cache: registry of adapters, disk and host tiers, the plan of every device tier of its node."""
 
     listen: str = setting("127.0.0.1:50071", "Address to listen on.")
-    redis: str = setting("redis://127.0.0.1:6379/0", "Redis or Valkey, 7.0 or newer: redis://, rediss:// or unix://.")
+    redis: str = setting(
+        "redis://127.0.0.1:6379/0", "Redis or Valkey, 7.0 or newer: redis://, rediss://, unix://, redis+sentinel://."
+    )
     registry: str = setting("default", "Name of the registry in Redis; caches with the same name share it.")
     data_dir: str = setting("", "Folder of the disk tier.")
     host_tier: str = setting("", "Folder of the host tier; empty is one in /dev/shm of this user and node.")

@@ -183,6 +183,9 @@ class Manager:
 
     def _collect_garbage(self) -> None:
         """Gives back what versions take that no adapter points to and no sequence uses."""
+        if not self.link.reachable:
+            # A record may have been written whose answer was lost: until the registry is read again no one knows.
+            return
         alive = set(self.view.digests) | self._protected.keys()
         for engine in self.engines.values():
             for digest in [d for d in engine.resident if d not in alive and d not in engine.in_use]:

@@ -42,6 +42,14 @@ def connect(url: str, timeout_seconds: float) -> Any:
         raise StartupError(f"--redis {without_password(url)}: {error}") from None
 
 
+async def disconnect(client: Any) -> None:
+    """Closes a client's connections, those to its Sentinels too."""
+    found = getattr(client.connection_pool, "sentinel_manager", None)
+    for sentinel in found.sentinels if found is not None else ():
+        await sentinel.aclose()
+    await client.aclose()
+
+
 def without_password(url: str) -> str:
     """A URL as it may be shown."""
     scheme, separator, rest = url.partition("://")

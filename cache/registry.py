@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from cache.artifact import BaseDescription
 from cache.errors import RegistryUnreachable
 from cache.keys import Keys
-from cache.redis_url import connect, without_password
+from cache.redis_url import connect, disconnect, without_password
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Registry:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await disconnect(self._redis)
 
     @property
     def _adapter_keys(self) -> list[str]:

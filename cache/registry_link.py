@@ -110,7 +110,12 @@ class RegistryLink:
 
     async def put(self, record: AdapterRecord, replaces: AdapterRecord | None) -> AdapterRecord | None:
         """Writes a record; None when the one there is not `replaces`."""
-        revision, stored = await self.registry.put(record, replaces)
+        try:
+            revision, stored = await self.registry.put(record, replaces)
+        except RegistryUnreachable:
+            # It may have been written all the same: the registry is read again before anything is given up.
+            self._lost()
+            raise
         if not revision:
             return None
         self._saw(revision)

@@ -56,6 +56,7 @@ def adapter_message(
         state=adapter_pb2.Adapter.STATE_FAILED if failure and not residency else STATES[record.state],
         chat_template=record.chat_template,
         target_modules=record.target_modules,
+        base_digest=record.base_digest,
         source_revision=record.source_revision,
         leases=[
             adapter_pb2.Lease(node_id=node_id, engine_id=engine_id)

@@ -7,17 +7,22 @@ each return it describes itself anew with what is on its device, so that both si
 from __future__ import annotations
 
 import asyncio
+import glob
 import logging
+import os
 import random
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import torch
 
 from engine.loop import EngineLoop
+from engine.lora import DeviceAdapter
 from engine.messages import Deny, Evict, Evicted, Install, Loaded, LoadFailed, Report, Usage
 from engine.model import Base
+from engine.remote_artifacts import copied
 from engine.rows import ArtifactReader
 from loraplex.cache.v1 import residency_pb2 as wire
 from loraplex.cache.v1 import residency_pb2_grpc
@@ -45,6 +50,7 @@ class CacheLink:
         self._events = asyncio.get_running_loop()
         self._usage = Usage()
         self._outbox: asyncio.Queue[wire.AttachEngineRequest] | None = None
+        self._channel: grpc.aio.Channel | None = None
         self._loading: set[asyncio.Task[None]] = set()
         # One thread: at most one adapter is on its way to the device beside those the budget has counted.
         # One CPU thread of torch's: more would be workers of its own, see engine/__main__.py.
@@ -86,7 +92,7 @@ class CacheLink:
         outbox.put_nowait(wire.AttachEngineRequest(description=self._description(loop.resident)))
         for message in _usage(self._usage):
             outbox.put_nowait(message)
-        self._outbox = outbox
+        self._outbox, self._channel = outbox, channel
         stub: residency_pb2_grpc.ResidencyServiceAsyncStub = residency_pb2_grpc.ResidencyServiceStub(channel)
         return aiter(stub.AttachEngine(_drained(outbox)))
 
@@ -130,10 +136,7 @@ class CacheLink:
         )
         failure: ServiceError | None = None
         try:
-            adapter = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._reader.read, load.digest, load.path
-            )
-            loop.post(Install(adapter))
+            loop.post(Install(await self._read(load)))
         except ServiceError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - out of memory on a device has many names
@@ -142,6 +145,15 @@ class CacheLink:
         if failure is not None:
             self._send(LoadFailed(load.digest, failure))
         end_span(span, failure)
+
+    async def _read(self, load: wire.LoadArtifact) -> DeviceAdapter:
+        """An adapter from the host tier, mapped; as a stream when the cache is on another machine."""
+        threads = asyncio.get_running_loop()
+        if os.path.exists(load.path) or self._channel is None:  # noqa: ASYNC240 - in shared memory
+            return await threads.run_in_executor(self._executor, self._reader.read, load.digest, load.path)
+        async with copied(self._channel, load.digest, self._base.dtype) as path:
+            reader = replace(self._reader, host_tier=glob.escape(os.path.realpath(path.parent)))  # noqa: ASYNC240
+            return await threads.run_in_executor(self._executor, reader.read, load.digest, str(path))
 
     def _send(self, report: Report) -> None:
         if isinstance(report, Usage):

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import random
 import re
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -217,6 +218,8 @@ async def _persist(file: RemoteFile, attempt: Callable[[], Awaitable[T]], size: 
         except (*_BROKEN, _Again) as error:
             failed = 1 if size() > before else failed + 1
             what = _words(error)
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                raise SourceUnreachable(file.source_uri, f"its certificate is refused: {what}") from None
             if failed >= ATTEMPTS:
                 raise SourceUnreachable(file.source_uri, f"{file.name}: {what}, {failed} times in a row") from None
             after = error.after if isinstance(error, _Again) else 0.0

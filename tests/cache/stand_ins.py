@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -118,12 +119,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(web: Web, host: str = "127.0.0.1") -> Iterator[Web]:
+def serving(web: Web, host: str = "127.0.0.1", certificate: Path | None = None) -> Iterator[Web]:
     handler = type("Handler", (_Handler,), {"web": web})
     server = ThreadingHTTPServer((host, 0), handler)
     server.daemon_threads, server.block_on_close = True, False
     server.handle_error = lambda *_: None  # type: ignore[method-assign]
-    web.url = f"http://{host}:{server.server_port}"
+    web.url = f"{'https' if certificate else 'http'}://{host}:{server.server_port}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield web

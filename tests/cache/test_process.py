@@ -73,6 +73,11 @@ def test_it_serves_refuses_a_second_one_and_drains(valkey: Store, tmp_path: Path
     assert (tmp_path / "data-host").stat().st_mode & 0o777 == 0o700
 
 
+def test_its_libraries_bring_no_torch_with_them() -> None:
+    command = "import sys, cache.__main__; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", command], text=True).strip() == "[]"
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [

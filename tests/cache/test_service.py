@@ -67,6 +67,28 @@ async def test_the_same_content_again_is_the_same_version(cache: Cache, engine: 
     assert changed.digest != first.digest and (await get(cache)).digest == changed.digest
 
 
+async def test_an_adapter_tells_who_uses_it_when_it_was_used_and_what_is_wrong_with_it(
+    cache: Cache, engine: FakeEngine
+) -> None:
+    adapter = await register(cache)
+    assert not adapter.leases and not adapter.HasField("last_use_time") and not adapter.HasField("failure")
+    await engine.use(adapter.digest)
+    await eventually(lambda: adapter.digest in cache.manager.link.last_use)
+    used = await get(cache)
+    assert [(lease.node_id, lease.engine_id) for lease in used.leases] == [("node-0", "engine-0")]
+    assert abs(used.last_use_time.seconds - time.time()) < 5
+    await engine.use()
+    # Its file is lost, and its source holds something else by now.
+    lose(cache, adapter.digest)
+    other(cache, "a", seed=5)
+    await engine.use(adapter.digest)
+    await engine.want(adapter.digest)
+    await eventually(lambda: bool(engine.refusals))
+    broken = await get(cache)
+    assert broken.state == pb.Adapter.STATE_FAILED and broken.failure.reason == "SOURCE_CHANGED"
+    assert 0 < broken.failure.retry_time.ToMilliseconds() / 1000 - time.time() < 5
+
+
 async def test_an_expected_digest_must_match(cache: Cache, engine: FakeEngine) -> None:
     digest = (await register(cache)).digest
     assert (await register(cache, "b", cache.root / "a", expected_digest=digest)).digest == digest

@@ -8,10 +8,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from cache.artifact import AdapterFiles
 from cache.errors import (
@@ -349,3 +354,40 @@ def test_the_servers_own_rights_are_for_what_they_were_given(tmp_path: Path) -> 
             read_credentials(str(file))
         assert "secret" not in str(refused.value)
     assert GivenCredentials().of("hf://a/b") == NO_CREDENTIALS
+
+
+# TLS
+
+
+def certificate_for_loopback(folder: Path) -> Path:
+    """A certificate and its key in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file = folder / "loopback.pem"
+    file.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    return file
+
+
+async def test_a_server_must_prove_who_it_is(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = certificate_for_loopback(tmp_path)
+    with serving(Web(), certificate=file) as server:
+        server.put(adapter, "/a")
+        async with web_source(tmp_path) as sources:
+            with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+                await sources.look(f"{server.url}/a")
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        async with web_source(tmp_path) as sources:
+            assert same(await read(sources, f"{server.url}/a"), adapter)
+            # The name that is asked for must be the certificate's, not only the address behind it.
+            with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+                await sources.look(f"{server.url.replace('127.0.0.1', 'localhost')}/a")

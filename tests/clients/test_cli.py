@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from loraplex import cli
 from loraplex.commands.output import table, width
+from loraplex.v1 import adapter_pb2
 from tests.clients.fake import ANSWER, Failure, FakeServer
 
 TEXT = "".join(ANSWER)
@@ -90,6 +92,30 @@ def test_adapters_are_shown_as_a_table_or_as_json(run: Run) -> None:
         "pirate",
         "shout",
     ]
+
+
+def test_the_table_of_adapters_tells_where_who_and_when(run: Run, server: FakeServer) -> None:
+    pirate = server.adapters["pirate"]
+    before = adapter_pb2.Adapter()
+    before.CopyFrom(pirate)
+    pirate.residency.add(node_id="n2", tier=adapter_pb2.TIER_DISK)
+    pirate.leases.add(node_id="n1", engine_id="e1")
+    pirate.last_use_time.FromSeconds(int(time.time()) - 125)
+    pirate.failure.reason = "SOURCE_CHANGED"
+    lines = run("adapters", "list")[1].splitlines()
+    assert "LAST USE" in lines[0] and "LEASES" in lines[0]
+    assert "n2 disk" in lines[2] and "2 min ago" in lines[2] and "SOURCE_CHANGED" in lines[2] and "never" in lines[3]
+    pirate.CopyFrom(before)
+
+
+def test_credentials_come_from_a_file_and_not_from_an_argument(run: Run, server: FakeServer, tmp_path: Any) -> None:
+    file = tmp_path / "rights.json"
+    file.write_text('{"token": "t0ken"}')
+    assert run("adapters", "register", "new", "hf://a/b", "--credentials", str(file))[0] == 0
+    assert server.requests[-1].credentials.token == "t0ken"
+    file.write_text('{"tokn": "t0ken"}')
+    code, _, errors = run("adapters", "register", "new", "hf://a/b", "--credentials", str(file))
+    assert code == 2 and "not a JSON object" in errors and "t0ken" not in errors
 
 
 def test_every_adapter_action(run: Run, server: FakeServer, tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from loraplex.types import Message, Tier
+from loraplex.types import Credentials, Message, Tier
 from loraplex.v1 import adapter_pb2, generation_pb2
 
 MessageLike = Message | tuple[str, str] | Mapping[str, str]
@@ -74,8 +74,12 @@ class GenerateOptions(PromptOptions, total=False):
 
 
 class RegisterOptions(CallOptions, total=False):
-    """expected_digest: refuse other content. pinned: keep it on the device. weight: share of service, default 1."""
+    """expected_digest: refuse other content. pinned: keep it on the device. weight: share of service, default 1.
 
+    credentials: the caller's right to read the source; used for this call and not kept.
+    """
+
+    credentials: Credentials
     expected_digest: str
     pinned: bool
     weight: float
@@ -135,7 +139,11 @@ def register_request(
     request = adapter_pb2.RegisterAdapterRequest()
     _set(request, "adapter_id", adapter_id)
     _set(request, "source_uri", source if isinstance(source, str) else f"file://{Path(fspath(source)).absolute()}")
-    _set_all(request, options, ("expected_digest", "pinned", "weight"))
+    fields = dict(options)
+    for name, value in vars(fields.pop("credentials", Credentials())).items():
+        if value:
+            _set(request.credentials, name, value)
+    _set_all(request, fields, ("expected_digest", "pinned", "weight"))
     return request
 
 

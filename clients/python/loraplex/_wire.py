@@ -16,8 +16,10 @@ from loraplex.types import (
     AdapterState,
     Completion,
     Delta,
+    Failure,
     FinishReason,
     Generation,
+    Lease,
     ModelInfo,
     Receipt,
     Residency,
@@ -100,7 +102,15 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
         ),
         chat_template=message.chat_template,
         target_modules=tuple(message.target_modules),
+        source_revision=message.source_revision,
+        last_use_time=message.last_use_time.ToDatetime(tzinfo=UTC) if message.HasField("last_use_time") else None,
+        leases=tuple(Lease(lease.node_id, lease.engine_id) for lease in message.leases),
+        failure=_failure(message.failure) if message.HasField("failure") else None,
     )
+
+
+def _failure(message: adapter_pb2.Failure) -> Failure:
+    return Failure(message.reason, message.message, message.retry_time.ToDatetime(tzinfo=UTC))
 
 
 def adapter_event(message: adapter_pb2.AdapterEvent) -> AdapterEvent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
@@ -173,8 +173,35 @@ class Residency:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """An engine whose sequences use or wait for an adapter."""
+
+    node_id: str
+    engine_id: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an adapter cannot be brought up, and when that is tried again."""
+
+    reason: str
+    message: str
+    retry_time: datetime
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A caller's right to read a source: a token for hf:// and https://, a key for s3://."""
+
+    token: str = field(default="", repr=False)
+    access_key_id: str = field(default="", repr=False)
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """A registered adapter. `digest` is the version its id answers with now."""
+    """A registered adapter. `digest` is the version its id answers with now; `last_use_time` is of any node."""
 
     adapter_id: str
     source_uri: str
@@ -190,6 +217,10 @@ class Adapter:
     residency: tuple[Residency, ...]
     chat_template: str
     target_modules: tuple[str, ...]
+    source_revision: str = ""
+    last_use_time: datetime | None = None
+    leases: tuple[Lease, ...] = ()
+    failure: Failure | None = None
 
     @property
     def tier(self) -> Tier | None:

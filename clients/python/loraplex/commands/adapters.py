@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from loraplex._requests import RegisterOptions
 from loraplex.commands.output import Parser, as_json, connect, say, table, write
-from loraplex.types import Adapter, AdapterEvent, AdapterEventKind
+from loraplex.types import Adapter, AdapterEvent, AdapterEventKind, Credentials, Tier
 
-HEADERS = ("ADAPTER", "STATE", "TIER", "METHOD", "RANK", "SIZE", "WEIGHT", "PINNED", "DIGEST", "SOURCE")
+HEADERS = (
+    "ADAPTER", "STATE", "TIER", "METHOD", "RANK", "SIZE", "WEIGHT", "PINNED", "LAST USE", "LEASES", "DIGEST", "SOURCE",
+)  # fmt: skip
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -31,7 +35,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     register.add_argument("source", metavar="SOURCE", help="a folder on the server's machine, or a URI")
     register.add_argument("--pinned", action="store_true", help="keep it on the device")
     register.add_argument("--weight", type=float, help="share of service (default: 1)")
-    register.add_argument("--expected-digest", metavar="HEX", help="refuse other content")
+    register.add_argument("--expected-digest", metavar="HEX", help="refuse other content; needed for https://")
+    register.add_argument(
+        "--credentials",
+        metavar="FILE",
+        help="your right to read the source, JSON: token, or access_key_id, secret_access_key, session_token; - reads it here",
+    )
     action("list", _list, "list all adapters", about_one=False)
     action("get", _get, "show one adapter")
     delete = action("delete", _delete, "remove an adapter; waits for its running requests")
@@ -50,10 +59,23 @@ def _register(options: argparse.Namespace) -> int:
         request["weight"] = options.weight
     if options.expected_digest:
         request["expected_digest"] = options.expected_digest
+    if options.credentials:
+        request["credentials"] = _credentials(options.credentials)
     source = options.source if "://" in options.source else Path(options.source).expanduser()
     with connect(options) as client:
         _show([client.adapters.register(options.adapter_id, source, **request)], options)
     return 0
+
+
+def _credentials(file: str) -> Credentials:
+    """Not from an argument: those are seen by everyone on the machine. Raises ValueError, without what is in the file."""
+    try:
+        raw = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text()
+        return Credentials(**json.loads(raw))
+    except OSError as error:
+        raise ValueError(f"--credentials {file}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"--credentials {file}: not a JSON object of token, or of a key's parts") from None
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -107,16 +129,39 @@ def _show(adapters: Sequence[Adapter], options: argparse.Namespace) -> None:
 def _row(adapter: Adapter) -> tuple[object, ...]:
     return (
         adapter.adapter_id,
-        _name(adapter.state),
-        _name(adapter.tier),
+        _name(adapter.state) if adapter.failure is None else f"{_name(adapter.state)} ({adapter.failure.reason})",
+        _tiers(adapter),
         adapter.method,
         adapter.rank,
         f"{adapter.size_bytes / 1024 / 1024:.1f} MiB",
         f"{adapter.weight:g}",
         "yes" if adapter.pinned else "no",
+        _ago(adapter.last_use_time),
+        len(adapter.leases),
         adapter.digest[:12],
         adapter.source_uri,
     )
+
+
+def _tiers(adapter: Adapter) -> str:
+    """The best tier on each node; with one node, its name says nothing."""
+    best: dict[str, Tier] = {}
+    for place in adapter.residency:
+        if place.tier is not None:
+            best[place.node_id] = max(place.tier, best.get(place.node_id, place.tier), key=lambda tier: tier.value)
+    if len(best) <= 1:
+        return _name(adapter.tier)
+    return ", ".join(f"{node} {_name(tier)}" for node, tier in sorted(best.items()))
+
+
+def _ago(then: datetime | None) -> str:
+    if then is None:
+        return "never"
+    seconds = max(0, int((datetime.now(UTC) - then).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
 
 
 def _event_line(event: AdapterEvent) -> str:

@@ -99,11 +99,11 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
     SOURCE_REVISION_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
-    BASE_DIGEST_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """1 to 128 characters of letters, digits, ".", "_", "-" and "/", starting
     with a letter or digit.
@@ -130,13 +130,13 @@ class Adapter(_message.Message):
     """What can be asked of it."""
     chat_template: _builtins.str
     """Its own chat template; empty when it uses the base's."""
-    source_revision: _builtins.str
-    """What the source said it was when this version was read: a commit, an ETag
-    or version ids. Empty when the source has no such thing.
-    """
     base_digest: _builtins.str
     """sha256 of the base it was validated against, in hex: engines that serve
     another base do not serve it.
+    """
+    source_revision: _builtins.str
+    """What the source said it was when this version was read: a commit, an ETag
+    or version ids. Empty when the source has no such thing.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -179,11 +179,11 @@ class Adapter(_message.Message):
         residency: _abc.Iterable[Global___Residency] | None = ...,
         chat_template: _builtins.str = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        base_digest: _builtins.str = ...,
         source_revision: _builtins.str = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         leases: _abc.Iterable[Global___Lease] | None = ...,
         failure: Global___Failure | None = ...,
-        base_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
