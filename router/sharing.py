@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from router.ledger import Begun, Elsewhere, Ledger, Name
+from servicekit.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +43,12 @@ class Sharing:
     """Tells and asks for all parties, ten times a second."""
 
     def __init__(self, url: str, name: str) -> None:
-        # A connection that hangs must not keep charges from being told on the next.
-        self._redis: Any = Redis.from_url(url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT)
+        try:
+            self._redis: Any = Redis.from_url(
+                url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, retry=Retry(NoBackoff(), 0)
+            )
+        except ValueError as error:
+            raise StartupError(f"--redis: {error}") from None
         self._script = self._redis.register_script(_SCRIPT.read_text(encoding="utf-8"))
         self._name = name
         self._parties: list[Party] = []
