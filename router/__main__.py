@@ -19,7 +19,7 @@ from router.cache_link import CacheLink
 from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
 from router.fleet import Fleet, Frame
-from router.flows import Tariff
+from router.flows import Flows, Tariff
 from router.service import GenerationServicer
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
@@ -55,8 +55,10 @@ class Router:
 
     def _make_dispatcher(self) -> Dispatcher:
         settings = self.settings
+        tariff = Tariff.of(settings.prompt_token_weight, settings.output_token_weight)
+        flows = Flows(tariff, settings.window_tokens, is_loadable=self.cache.view.is_on_host)
         return Dispatcher(
-            Tariff.of(settings.prompt_token_weight, settings.output_token_weight),
+            flows,
             Limits(settings.max_queued_requests, settings.max_queued_per_tenant),
             self.cache.view.where,
             self.cache.prefetch,

@@ -28,6 +28,9 @@ class Settings:
     # twice as long as a token of a long prompt. The same default as the VTC paper.
     prompt_token_weight: float = setting(1.0, "Charge of a prompt token that was not in the prefix cache.")
     output_token_weight: float = setting(2.0, "Charge of an output token.")
+    window_tokens: float = setting(
+        2048.0, "How far ahead, in charged tokens, adapters on a device may get of one that is still loading."
+    )
 
     def __post_init__(self) -> None:
         if not self.engines:
@@ -39,7 +42,7 @@ class Settings:
                 raise ValueError(f"{name}: must be at least 1")
         if not (math.isfinite(self.engine_silence_seconds) and self.engine_silence_seconds > 0):
             raise ValueError("engine_silence_seconds: must be a number above 0")
-        for name in ("drain_seconds", "prompt_token_weight", "output_token_weight"):
+        for name in ("drain_seconds", "prompt_token_weight", "output_token_weight", "window_tokens"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: must be a number of at least 0")

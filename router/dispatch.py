@@ -25,7 +25,7 @@ from router.admission import Limits, Reject, ServiceRate, admit
 from router.cache_link import Moved
 from router.errors import AnswerLost, Draining, EngineBrokeContract, EngineLost, NoEngine, QueueFull
 from router.fleet import Engine, EngineDown, EngineUp, Frame
-from router.flows import Flows, Tariff
+from router.flows import Flows
 from router.messages import Completion, Credit, Failed, Finished, Output, Started
 from router.placement import Places, choose, homes_for, is_open, next_home
 from router.request import Request, State
@@ -106,17 +106,23 @@ class _Seats(Places):
 
 
 class Dispatcher:
-    """The loop. `where` tells which engines have a digest; `prefetch(digest, engine_id, traceparent)` asks for one."""
+    """The loop.
+
+    Args:
+        flows: empty.
+        where: tells which engines have a digest.
+        prefetch: called with digest, engine id and traceparent; asks for an adapter to be brought to an engine.
+    """
 
     def __init__(
         self,
-        tariff: Tariff,
+        flows: Flows,
         limits: Limits,
         where: Callable[[str], Where],
         prefetch: Callable[[str, str, str], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._flows = Flows(tariff)
+        self._flows = flows
         self._limits = limits
         self._view = where
         self._prefetch = prefetch
@@ -211,7 +217,7 @@ class Dispatcher:
 
         while ticket := self._flows.pick(can_go, is_warm):
             request = self._queued.pop(ticket.number)
-            where = self._where(ticket.digest)
+            where = ticket.where
             chosen = choose(ticket.digest, where, seats, now, self._homes.get(ticket.digest, 1))
             if chosen is None:
                 raise RuntimeError("a flow was picked that no engine can take")
