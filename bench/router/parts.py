@@ -16,11 +16,9 @@ import grpc
 import uvloop
 
 from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
-from loraplex.v1 import adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 PLACES = 4096
-# Steps a second of the engine: each brings every running sequence tokens_per_second / STEPS / sequences tokens or none.
-STEPS = 100
 TEXT = " token"
 OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -29,76 +27,72 @@ OPTIONS = (
 )
 
 
-class TokenEngine(engine_pb2_grpc.EngineServiceServicer):
+class TokenEngine:
     """Runs as many sequences as it is given and gives all of them together so many tokens a second.
 
-    A sequence whose prompt is "idle" begins, gets one token and no more.
+    Each step brings every running sequence one token, in one frame. A frame is made and serialised again only when the
+    sequences have changed, so that the engine takes as little as it can of the machine that is measured. A sequence whose
+    prompt is "idle" begins, gets one token and no more.
     """
 
     def __init__(self, tokens_per_second: float) -> None:
         self._rate = tokens_per_second
-        self._cpu = time.process_time()
+        self._running: set[int] = set()
+        self._fresh: list[tuple[int, bool]] = []
+        self._frame: bytes | None = None
 
-    async def Dispatch(self, requests: AsyncIterator[engine_pb2.DispatchRequest], context: Any) -> AsyncIterator[Any]:
+    async def dispatch(self, requests: AsyncIterator[engine_pb2.DispatchRequest], context: Any) -> AsyncIterator[bytes]:
         model = generation_pb2.GetModelInfoResponse(base_model="tokens", base_digest="base", vocab_size=1 << 20)
-        yield engine_pb2.DispatchResponse(
-            ready=engine_pb2.EngineReady(engine_id="engine", model=model, max_sequences=PLACES)
-        )
-        running: dict[int, list[int]] = {}
-        idle: list[int] = []
-        reader = asyncio.create_task(self._read(requests, running, idle))
-        owed, before, step = 0.0, time.monotonic(), 0
+        ready = engine_pb2.EngineReady(engine_id="engine", model=model, max_sequences=PLACES)
+        yield engine_pb2.DispatchResponse(ready=ready).SerializeToString()
+        reader = asyncio.create_task(self._read(requests))
+        next_step = time.monotonic()
         try:
             while True:
-                await asyncio.sleep(1 / STEPS)
-                now = time.monotonic()
-                owed, before = owed + (now - before) * self._rate, now
-                step += 1
-                frame = engine_pb2.StepFrame(step=step)
-                for number in idle:
-                    frame.outputs.add(sequence_id=number, text=TEXT, token_ids=[7]).started.prompt_tokens = 1
-                idle.clear()
-                for number in list(running):
-                    if owed < 1:
-                        break
-                    owed -= 1
-                    self._token(frame, number, running)
-                owed = min(owed, len(running))
-                if frame.outputs or step % STEPS == 0:
-                    yield engine_pb2.DispatchResponse(frame=frame)
+                if self._fresh:
+                    yield self._begin()
+                elif self._running and self._rate:
+                    yield self._step()
+                next_step += len(self._running) / self._rate if self._running and self._rate else 0.05
+                # What a busy machine kept it from is made up for, up to a tenth of a second.
+                next_step = max(next_step, time.monotonic() - 0.1)
+                await asyncio.sleep(next_step - time.monotonic())
         finally:
             reader.cancel()
 
-    def _token(self, frame: engine_pb2.StepFrame, number: int, running: dict[int, list[int]]) -> None:
-        done, most = running.pop(number)
-        output = frame.outputs.add(sequence_id=number, text=TEXT, token_ids=[1000 + done])
-        if done == 0:
-            output.started.prompt_tokens = 5
-        if done + 1 >= most:
-            output.finished.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-            output.finished.output_tokens = done + 1
-        else:
-            # To the end of the row: where there is not a token for everyone, everyone has its turn.
-            running[number] = [done + 1, most]
+    def _begin(self) -> bytes:
+        frame = engine_pb2.StepFrame(step=1)
+        for number, is_idle in self._fresh:
+            frame.outputs.add(sequence_id=number, text=TEXT, token_ids=[7]).started.prompt_tokens = 5
+            if not is_idle:
+                self._running.add(number)
+        self._fresh.clear()
+        self._frame = None
+        return engine_pb2.DispatchResponse(frame=frame).SerializeToString()
 
-    async def _read(self, requests: Any, running: dict[int, list[int]], idle: list[int]) -> None:
+    def _step(self) -> bytes:
+        if self._frame is None:
+            outputs = [
+                engine_pb2.SequenceOutput(sequence_id=number, text=TEXT, token_ids=[1000 + number])
+                for number in self._running
+            ]
+            frame = engine_pb2.StepFrame(step=2, outputs=outputs)
+            self._frame = engine_pb2.DispatchResponse(frame=frame).SerializeToString()
+        return self._frame
+
+    async def _read(self, requests: Any) -> None:
         async for request in requests:
             if request.HasField("submit"):
-                number, asked = request.submit.sequence_id, request.submit.request
-                if asked.text == "idle":
-                    idle.append(number)
-                else:
-                    running[number] = [0, asked.stopping.max_output_tokens]
+                self._fresh.append((request.submit.sequence_id, request.submit.request.text == "idle"))
             else:
-                running.pop(request.cancel.sequence_id, None)
+                self._running.discard(request.cancel.sequence_id)
+                self._frame = None
 
 
 class EmptyCache(adapter_pb2_grpc.AdapterServiceServicer):
     """A registry with nothing in it."""
 
-    async def WatchAdapters(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        from loraplex.v1 import adapter_pb2
-
+    async def WatchAdapters(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         yield adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT_END)
         await asyncio.get_running_loop().create_future()
 
@@ -128,7 +122,7 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer):
                 if queue is not None:
                     queue.put_nowait(output)
 
-    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         self._numbers += 1
         number, queue = self._numbers, asyncio.Queue[Any]()
         self._queues[number] = queue
@@ -157,7 +151,13 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer):
 
 async def serve_engine(port: int, tokens_per_second: float) -> None:
     server = grpc.aio.server(options=OPTIONS)
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(TokenEngine(tokens_per_second), server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        TokenEngine(tokens_per_second).dispatch,
+        request_deserializer=engine_pb2.DispatchRequest.FromString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("loraplex.engine.v1.EngineService", {"Dispatch": handler}),)
+    )
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(EmptyCache(), server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
