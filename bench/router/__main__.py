@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ import psutil
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.router.parts import PLACES
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 
 CLIENTS = 100
@@ -53,7 +55,7 @@ class Processes:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def start(self, *arguments: str) -> psutil.Process:
-        child = subprocess.Popen([sys.executable, "-m", *arguments], stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([sys.executable, "-m", *arguments])
         self._children.append(child)
         return psutil.Process(child.pid)
 
@@ -200,30 +202,38 @@ async def throughput(seconds: float) -> None:
                 await clients.close()
 
 
+def queued(metrics: str) -> int:
+    """Requests that wait, as the router says."""
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    return int(float(next(line for line in lines if line.startswith("loraplex_router_queued_requests ")).split()[1]))
+
+
+async def until_queued(metrics: str, count: int) -> None:
+    while await asyncio.to_thread(queued, metrics) < count:  # noqa: ASYNC110 - another process knows
+        await asyncio.sleep(0.5)
+
+
 async def memory() -> None:
+    metrics = f"127.0.0.1:{free_port()}"
+    flags = ["--metrics-listen", metrics, "--max-queued-requests", "10000", "--max-queued-per-tenant", "10000"]
     with Processes() as processes:
-        process, address = await start_router(processes, 0.0)
-        before = process.memory_info().rss
+        process, address = await start_router(processes, 0.0, *flags)
+        mib = 1 << 20
+        print(f"memory: {process.memory_info().rss / mib:.0f} MiB with nothing to do")
         clients = Clients(address)
-        streams = [clients.stub(number).StreamGenerate(request("idle")) for number in range(1000)]
+        # As many as the engine has places; what comes then waits.
+        streams = [clients.stub(number).StreamGenerate(request("idle")) for number in range(PLACES)]
         for stream in streams:
             await stream.read()
-        idle = process.memory_info().rss
-        # Beyond its places the engine takes nothing: these wait. The places that are left are filled first.
-        fill = [clients.stub(number).Generate(request("idle")) for number in range(4096 - 1000)]
-        await asyncio.sleep(3)
-        filled = process.memory_info().rss
+        print(f"        {process.memory_info().rss / mib:.0f} MiB with {PLACES:,} idle streams")
         waiting = [clients.stub(number).Generate(request("x" * 200)) for number in range(10_000)]
-        await asyncio.sleep(10)
-        after = process.memory_info().rss
+        await asyncio.wait_for(until_queued(metrics, 10_000), 120)
         refused = sum(call.done() for call in waiting)
-        mib = 1 << 20
-        print(f"memory: {before / mib:.0f} MiB empty; {idle / mib:.0f} MiB with 1,000 idle streams")
         print(
-            f"        {(after - filled + idle) / mib:.0f} MiB with 10,000 waiting requests besides "
-            f"({(after - filled) / 10_000 / 1024:.1f} KiB each; {refused} refused)"
+            f"        {process.memory_info().rss / mib:.0f} MiB with 10,000 waiting requests besides ({refused} refused)"
         )
-        for call in (*streams, *fill, *waiting):
+        for call in (*streams, *waiting):
             call.cancel()
         await clients.close()
 

@@ -18,7 +18,7 @@ import uvloop
 from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-PLACES = 4096
+PLACES = 1000
 TEXT = " token"
 OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -46,9 +46,12 @@ class TokenEngine:
         ready = engine_pb2.EngineReady(engine_id="engine", model=model, max_sequences=PLACES)
         yield engine_pb2.DispatchResponse(ready=ready).SerializeToString()
         reader = asyncio.create_task(self._read(requests))
-        next_step = time.monotonic()
+        next_step = heartbeat = time.monotonic()
         try:
             while True:
+                if time.monotonic() > heartbeat:
+                    heartbeat = time.monotonic() + 1
+                    yield engine_pb2.DispatchResponse(frame=engine_pb2.StepFrame()).SerializeToString()
                 if self._fresh:
                     yield self._begin()
                 elif self._running and self._rate:
