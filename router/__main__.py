@@ -59,7 +59,7 @@ class Router:
         settings = self.settings
         weights = settings.prompt_token_weight, settings.output_token_weight, settings.load_mib_weight
         view = self.cache.view
-        flows = Flows(Tariff.of(*weights), settings.locality_window, settings.weights_of_tenants, view.is_loadable)
+        flows = Flows(Tariff.of(*weights), settings.window_tokens, settings.weights_of_tenants, view.is_on_host)
         dispatcher = Dispatcher(flows, settings.limits, view.where, self.cache.prefetch)
         if self.sharing:
             flows.ledger = Ledger(settings.share_quantum)
