@@ -26,7 +26,7 @@ def ask(r: Running, tenant: str, adapter_id: str = "", timeout: float = 30, **fi
 def reason_of(error: grpc.aio.AioRpcError) -> tuple[str, float]:
     """ErrorInfo.reason and the retry delay in seconds."""
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    for detail in rpc_status.from_call(error).details:  # type: ignore[arg-type, union-attr]
+    for detail in rpc_status.from_call(error).details:  # type: ignore[arg-type]
         detail.Unpack(info)
         detail.Unpack(retry)
     return info.reason, retry.retry_delay.ToNanoseconds() / 1e9

