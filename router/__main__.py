@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 from router import metrics
@@ -22,11 +22,13 @@ from router.flows import Flows, Tariff
 from router.ledger import Ledger
 from router.look_ahead import LookAhead
 from router.service import GenerationServicer
-from router.sharing import Party, Sharing
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
 from servicekit.tracing import setup_tracing
+
+if TYPE_CHECKING:
+    from router.sharing import Sharing
 
 _log = logging.getLogger("router")
 
@@ -46,7 +48,7 @@ class Router:
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
         self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
-        self.sharing = Sharing(settings.redis, settings.registry) if settings.redis else None
+        self.sharing = open_sharing(settings)
         self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
         self.generation = GenerationServicer(
             self.cache.view, lambda: self.fleet.engines, self.dispatcher.post, settings.max_unread_kib * 1024
@@ -61,11 +63,11 @@ class Router:
         settings = self.settings
         weights = settings.prompt_token_weight, settings.output_token_weight, settings.load_mib_weight
         view = self.cache.view
-        flows = Flows(Tariff.of(*weights), settings.locality_window, settings.weights_of_tenants, view.is_loadable)
+        flows = Flows(Tariff.of(*weights), settings.window_tokens, settings.weights_of_tenants, view.is_on_host)
         dispatcher = Dispatcher(flows, settings.limits, view.where, self.cache.prefetch)
         if self.sharing:
             flows.ledger = Ledger(settings.share_quantum)
-            self.sharing.add(Party(base, flows.ledger, flows.lead, dispatcher.post))
+            self.sharing.add(base, flows.ledger, flows.lead, dispatcher.post)
         return dispatcher
 
     def _post(self, message: Message) -> None:
@@ -92,6 +94,8 @@ class Router:
                 part.result()
         health.cancel()
         await self._drain()
+        if self.sharing:
+            self.sharing.stop()
         for task in (stop, *parts):
             task.cancel()
         await asyncio.gather(stop, *parts, return_exceptions=True)
@@ -121,6 +125,15 @@ class Router:
             self.dispatcher.post(Stop())
         await self.server.drain(_LAST_MOMENTS)
         _log.info("stopped")
+
+
+def open_sharing(settings: Settings) -> Sharing | None:
+    """What shares charges with other routers, if they are to be shared: else Redis's library is not loaded."""
+    if not settings.redis:
+        return None
+    from router.sharing import Sharing
+
+    return Sharing(settings.redis, settings.registry)
 
 
 async def main() -> None:

@@ -16,7 +16,7 @@ _COUNTS = (
     "max_queued_tokens_per_tenant",
     "max_queued_tokens_per_adapter",
 )
-_AMOUNTS = ("drain_seconds", "prompt_token_weight", "output_token_weight", "load_mib_weight", "locality_window")
+_AMOUNTS = ("drain_seconds", "prompt_token_weight", "output_token_weight", "load_mib_weight", "window_tokens")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     output_token_weight: float = setting(2.0, "Charge of an output token.")
     # 84 MB, rank 16 on all layers of an 8B model, take a PCIe link about as long as 25 such tokens take the accelerator.
     load_mib_weight: float = setting(0.5, "Charge of a MiB of an adapter that is brought to a device.")
-    locality_window: float = setting(
+    window_tokens: float = setting(
         2000.0,
         "How far, in weighted tokens, a flow whose adapter is on the device may get ahead of one that waits for its.",
     )

@@ -107,7 +107,13 @@ class _Seats(Places):
 
 
 class Dispatcher:
-    """The loop. `where` tells which engines have a digest; `prefetch(digest, engine_id, traceparent, tenant)` asks for one."""
+    """The loop.
+
+    Args:
+        flows: empty.
+        where: tells which engines have a digest.
+        prefetch: called with digest, engine id, traceparent and tenant; asks for an adapter to be brought to an engine.
+    """
 
     def __init__(
         self,
@@ -229,7 +235,7 @@ class Dispatcher:
     def _place(self, ticket: Ticket, seats: list[_Seats], now: float) -> None:
         """Sends a request that was picked to an engine."""
         request = self._queued.pop(ticket.number)
-        where = self._where(ticket.digest)
+        where = ticket.where
         chosen = choose(ticket.digest, where, seats, now, self._homes.get(ticket.digest, 1))
         if chosen is None:
             raise RuntimeError("a flow was picked that no engine can take")

@@ -18,7 +18,8 @@ The law:
 4. Whoever becomes backlogged is lifted to the least charge among the backlogged; when nobody is, to the charge of the
    one served last. Never is it lifted to less than the highest charge at which anyone was ever picked. So idle time
    earns nothing, whether the others were busy or not. Who could not be served for a while keeps its turn, and is
-   lifted to Q below that charge, as is who is queued again because its engine was lost: a load that took a minute does not earn a minute of the engines.
+   lifted to Q below that charge (as is who is queued again because its engine was lost): a load that took a minute does
+   not earn a minute of the engines.
 5. When a request waits on an engine for its adapter, which could be loaded at once, and others have got Q ahead of its
    flow since, then the device is full of adapters in use. The one of them (or of those about to be) whose tenant, then
    flow, has received most gets no new sequences there until the request can go on. So no adapter waits for ever for

@@ -121,11 +121,20 @@ def is_open(where: Where, engines: Iterable[Places], now: float) -> bool:
 
 
 def next_home(digest: str, where: Where, engines: Sequence[P], homes: int) -> P | None:
-    """The engine an adapter should be brought to next, to be on `homes` of them; None when it is on enough."""
-    if where is None or sum(places.has(where) for places in engines) >= homes:
+    """The engine an adapter should be brought to next; None when it need not.
+
+    It should be on `homes` engines, and on one more when none of those it is on has room and another has a good deal: so
+    an engine that many adapters happen to belong to is relieved.
+    """
+    if where is None:
         return None
-    open_ = [places for places in engines if not places.is_draining and not places.has(where)]
-    ranked = order(digest, open_)[:2]
+    there = [places for places in engines if places.has(where)]
+    others = [places for places in engines if not places.is_draining and not places.has(where)]
+    if len(there) >= homes:
+        if any(places.has_room for places in there):
+            return None
+        others = [places for places in others if places.load <= 1 - _LEAN]
+    ranked = order(digest, others)[:2]
     if len(ranked) == 2 and ranked[0].load > ranked[1].load + _LEAN:
         return ranked[1]
     return ranked[0] if ranked else None

@@ -112,9 +112,10 @@ class RegistryView:
         """Engines that have a version on their device; None, which is all of them, for the base."""
         return self._engines.get(digest, frozenset()) if digest else None
 
-    def is_loadable(self, digest: str) -> bool:
-        """Whether the bytes of a version are in a tier that devices load from."""
-        return any(self._adapters[name].tier >= Tier.HOST for name in self._ids.get(digest, ()))
+    def is_on_host(self, digest: str) -> bool:
+        """Whether a version can be brought to a device at once."""
+        ids = self._ids.get(digest, ())
+        return any(self._adapters[adapter_id].tier >= Tier.HOST for adapter_id in ids)
 
     def begin(self) -> None:
         """A new stream of events begins."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from router.ledger import Begun, Elsewhere, Ledger, Name
+from servicekit.errors import StartupError
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ _MOST_FLOWS = 100_000
 
 
 @dataclass
-class Party:
+class _Party:
     """The flows of one base: their ledger, how far each is ahead, and where news of others goes."""
 
     base: str
@@ -40,20 +44,32 @@ class Sharing:
     """Tells and asks for all parties, ten times a second."""
 
     def __init__(self, url: str, name: str) -> None:
-        # A connection that hangs must not keep charges from being told on the next.
-        self._redis: Any = Redis.from_url(url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT)
+        try:
+            self._redis: Any = Redis.from_url(
+                url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, retry=Retry(NoBackoff(), 0)
+            )
+        except ValueError as error:
+            raise StartupError(f"--redis: {error}") from None
         self._script = self._redis.register_script(_SCRIPT.read_text(encoding="utf-8"))
         self._name = name
-        self._parties: list[Party] = []
+        self._parties: list[_Party] = []
+        self._stopped = asyncio.Event()
         self.reachable = True
 
-    def add(self, party: Party) -> None:
-        self._parties.append(party)
+    def add(
+        self,
+        base: str,
+        ledger: Ledger,
+        lead: Callable[[Name], tuple[int, int]],
+        post: Callable[[Elsewhere | Begun], None],
+    ) -> None:
+        """Shares the charges of the flows of a base from now on: `lead` tells how far one is ahead, `post` takes the news."""
+        self._parties.append(_Party(base, ledger, lead, post))
 
     async def run(self) -> None:
-        """Goes on for ever; the last is told by `close`."""
+        """Goes on until it is stopped; the last is told by `close`."""
         delay = _INTERVAL
-        while True:
+        while not self._stopped.is_set():
             try:
                 for party in self._parties:
                     await self._exchange(party)
@@ -67,7 +83,12 @@ class Sharing:
                     _log.info("charges are shared again")
                 self.reachable = True
                 delay = _INTERVAL
-            await asyncio.sleep(delay)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), delay)
+
+    def stop(self) -> None:
+        """Ends `run` soon. Cancelling it may not: a cancellation can get lost in the client's own timeouts."""
+        self._stopped.set()
 
     async def close(self) -> None:
         """Tells what is left, if it can be told."""
@@ -78,7 +99,7 @@ class Sharing:
             _log.warning("the last charges were not shared: %s", error)
         await self._redis.aclose()
 
-    async def _exchange(self, party: Party, *, all_of_it: bool = False) -> None:
+    async def _exchange(self, party: _Party, *, all_of_it: bool = False) -> None:
         told = {} if party.known < 0 else party.ledger.take(all_of_it=all_of_it)
         arguments = [part for name, tokens in told.items() for part in (_field(name), tokens, _lead(party, name))]
         try:
@@ -109,7 +130,7 @@ def _field(name: Name) -> str:
     return "\n".join(name)
 
 
-def _lead(party: Party, name: Name) -> str:
+def _lead(party: _Party, name: Name) -> str:
     return " ".join(map(str, party.lead(name)))
 
 

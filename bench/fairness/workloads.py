@@ -21,9 +21,9 @@ __all__ = ["A10G", "SMALL_DEVICE", "even", "many_against_one", "slora", "vtc"]
 
 
 def vtc(rates: Sequence[float], seconds: float, on_off: float = 0.0, seed: int = 42) -> list[Job]:
-    """VTC's synthetic traces (fair_bench/exp_suite.py, mode "uniform"): clients that ask at an even rate each, 256 tokens in and
-    256 out; the first is silent every other `on_off` seconds. Overload: 1.5 and 3 a second for 360 s. On/off: 2 and 3 for
-    600 s, 60 s each way. The published ones differ in the phase of the clients only."""
+    """VTC's synthetic traces (fair_bench/exp_suite.py, mode "uniform"): clients that ask at an even rate each, 256 tokens
+    in and 256 out; the first is silent every other `on_off` seconds. Overload: 1.5 and 3 a second for 360 s. On/off: 2
+    and 3 for 600 s, 60 s each way. The published ones differ in the phase of the clients only."""
     rng = random.Random(seed)
     jobs = []
     for client, rate in enumerate(rates):

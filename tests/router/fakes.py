@@ -35,7 +35,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     """Produces WORDS in turn, one per sequence and step, `max_output_tokens` of them.
 
     A sequence starts when `starts` says so, and steps are taken while `stepping` is set. Where the log probabilities of
-    the prompt are wanted, `scores` steps bring two of them each first, and with `answers` unset that is all.
+    the prompt are wanted, `scores` steps bring two of them each first, and with `answers` unset that is all. Frames tell
+    `places` and `draining`; while it drains, what is submitted is refused.
     """
 
     engine_id: str = "engine-0"
@@ -50,11 +51,14 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     steps: int = 0
     scores: int = 3
     answers: bool = True
+    places: int | None = None
+    draining: bool = False
+    silent: bool = False
 
     def __post_init__(self) -> None:
         self.stepping = asyncio.Event()
         self.stepping.set()
-        self._calls: list[Context] = []
+        self.last = 0
         self._server: grpc.aio.Server | None = None
         self.port = 0
 
@@ -72,6 +76,11 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         if self._server:
             await self._server.stop(None)
 
+    def drain(self) -> None:
+        """Takes nothing new from now on."""
+        self.last = max(self.running, default=0)
+        self.draining = True
+
     async def Dispatch(
         self, requests: AsyncIterator[engine_pb2.DispatchRequest], context: Context
     ) -> AsyncIterator[engine_pb2.DispatchResponse]:
@@ -79,6 +88,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         ready = engine_pb2.EngineReady(engine_id=self.engine_id, model=model, max_sequences=self.max_sequences)
         yield engine_pb2.DispatchResponse(ready=ready)
         self.running.clear()
+        told: tuple[int | None, bool] = (None, False)
         reader = asyncio.create_task(self._read(requests))
         try:
             while True:
@@ -86,8 +96,14 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
                 await self.stepping.wait()
                 self.steps += 1
                 outputs = [out for number in list(self.running) if (out := self._step(number))]
-                if outputs:
-                    yield engine_pb2.DispatchResponse(frame=engine_pb2.StepFrame(step=self.steps, outputs=outputs))
+                said = (self.places, self.draining)
+                if self.silent or not (outputs or said != told):
+                    continue
+                told = said
+                load = engine_pb2.EngineLoad(places=self.places)
+                yield engine_pb2.DispatchResponse(
+                    frame=engine_pb2.StepFrame(step=self.steps, outputs=outputs, load=load, draining=self.draining)
+                )
         finally:
             reader.cancel()
 
@@ -95,7 +111,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         async for request in requests:
             if request.HasField("submit"):
                 self.submitted.append(request.submit)
-                self.running[request.submit.sequence_id] = (request.submit, 0)
+                self.running[request.submit.sequence_id] = (request.submit, len(request.submit.continuation.token_ids))
             else:
                 self.cancelled.append(request.cancel.sequence_id)
                 self.running.pop(request.cancel.sequence_id, None)
@@ -105,14 +121,19 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         if not self.starts(submission):
             return None
         output = engine_pb2.SequenceOutput(sequence_id=number)
+        if self.draining and number > self.last:
+            del self.running[number]
+            output.failed.MergeFrom(engine_pb2.SequenceFailed(code=14, reason="ENGINE_DRAINING", message="draining"))
+            return output
+        answered = len(submission.continuation.token_ids)
         if failed := self.fails.get(submission.request.text):
             del self.running[number]
             output.failed.CopyFrom(failed)
             return output
-        if done == 0:
+        if done == answered:
             output.started.prompt_tokens = len(submission.request.text)
             output.started.adapter_wait.FromMilliseconds(7)
-        scored = self.scores if submission.request.output.prompt_logprobs else 0
+        scored = self.scores if submission.request.output.prompt_logprobs and not answered else 0
         if done < scored:
             output.prompt_logprobs.extend(
                 generation_pb2.TokenLogprob(token_id=2 * done + half, logprob=-1) for half in (0, 1)

@@ -112,9 +112,10 @@ async def test_a_request_that_leaves_the_queue_is_never_dispatched() -> None:
         assert [one.request.text for one in r.engine.submitted] == ["Hello", "there"]
 
 
-async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
+@pytest.mark.parametrize("per_tenant, reason, limit", [(2, "TENANT_QUEUE_FULL", "2"), (5, "QUEUE_FULL", "3")])
+async def test_a_full_queue_refuses_with_a_retry_delay(per_tenant: int, reason: str, limit: str) -> None:
     engines = [FakeEngine(max_sequences=1)]
-    async with running(engines=engines, max_queued_requests=3, max_queued_per_tenant=2) as r:
+    async with running(engines=engines, max_queued_requests=3, max_queued_per_tenant=per_tenant) as r:
         running_one = r.generation.StreamGenerate(request(tokens=10**6))
         await running_one.read()
 
@@ -123,11 +124,10 @@ async def test_a_full_queue_refuses_with_a_retry_delay() -> None:
 
         waiting = [ask("a"), ask("a"), ask("b")]
         await until(lambda: r.router.dispatcher.queued == 3)
-        for tenant, reason, limit in (("a", "TENANT_QUEUE_FULL", "2"), ("c", "QUEUE_FULL", "3")):
-            code, info, delay = await failure(ask(tenant))
-            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert (info.reason, dict(info.metadata)) == (reason, {"limit": limit})
-            assert delay and 0.1 <= delay <= 30
+        code, info, delay = await failure(ask("a"))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (info.reason, dict(info.metadata)) == (reason, {"limit": limit})
+        assert delay and 0.1 <= delay <= 30
         # And those that wait are answered
         running_one.cancel()
         assert [len(answer.token_ids) for answer in await asyncio.gather(*waiting)] == [5, 5, 5]
@@ -194,22 +194,26 @@ async def test_wrong_requests_are_refused_before_anything_is_queued() -> None:
         assert not r.engine.submitted
 
 
-async def test_adapters_that_load_hold_half_the_places_at_most() -> None:
+async def test_an_adapter_whose_load_hangs_takes_nothing_from_others() -> None:
     cold, warm = adapter("cold"), adapter("warm", engines=("engine-0",))
     async with running(cold, warm, engines=[FakeEngine(max_sequences=4)]) as r:
         r.engine.starts = lambda submission: submission.adapter_digest != "digest-cold"
         # Given more requests for an adapter that is not there than the engine has places
         waiting = [r.generation.Generate(request("c", "cold"), timeout=20) for _ in range(6)]
-        await until(lambda: len(r.engine.submitted) == 2)
-        # Then others are answered beside them
-        for _ in range(4):
-            assert (await r.generation.Generate(request("w", "warm"), timeout=5)).token_ids
-        assert [one.adapter_digest for one in r.engine.submitted].count("digest-cold") == 2
+        await until(lambda: len(r.engine.submitted) == 1)
+        # Then one of them waits on the engine, and others have all the places
+        streams: Any = [r.generation.StreamGenerate(request("w", "warm", tokens=10**6)) for _ in range(4)]
+        for stream in streams:
+            await stream.read()
+        assert len(r.engine.running) == 5
+        for stream in streams:
+            stream.cancel()
+        assert [one.adapter_digest for one in r.engine.submitted].count("digest-cold") == 1
         # And the cache was asked for it, once at a time
         assert {(one.digest, one.engine_id) for one in r.cache.prefetches} == {("digest-cold", "engine-0")}
         # When the cache tells that it has arrived, the rest follow at once
         r.cache.tell(adapter_pb2.AdapterEvent.KIND_RESIDENCY, adapter("cold", engines=("engine-0",)))
-        await until(lambda: len(r.engine.running) == 4, seconds=1)
+        await until(lambda: len(r.engine.running) >= 4, seconds=1)
         r.engine.starts = lambda submission: True
         assert len(await asyncio.gather(*waiting)) == 6
 
