@@ -164,7 +164,7 @@ async def test_streams_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     async with setup(tmp_path, "--max-sequences", "32") as running:
         undisturbed = await run(running.stub)
         for kill in range(KILLS):
-            victim, share = kill % 2, chance.uniform(0.05, 0.8)
+            victim, share = kill % 2, chance.uniform(0.05, 0.5)
 
             async def disturb(answers: list[Answer], victim: int = victim, share: float = share) -> None:
                 await until(lambda: half_way(answers, share), 60)
