@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import router.dispatch
-from router.__main__ import main
+import router.__main__
 from router.accounts import Where
 from router.flows import Flows, Ticket
 from servicekit.server import run
@@ -23,5 +22,5 @@ class FcfsFlows(Flows):
 
 
 if __name__ == "__main__":
-    setattr(router.dispatch, "Flows", FcfsFlows)  # noqa: B010
-    run(main, "router")
+    setattr(router.__main__, "Flows", FcfsFlows)  # noqa: B010
+    run(router.__main__.main, "router")
