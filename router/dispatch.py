@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from router import metrics
@@ -27,9 +27,10 @@ from router.errors import AnswerLost, Draining, EngineBrokeContract, EngineLost,
 from router.fleet import Engine, EngineDown, EngineUp, Frame
 from router.flows import Flows, Ticket
 from router.ledger import Begun, Elsewhere
-from router.messages import Completion, Credit, Failed, Finished, Output, Started
-from router.placement import Places, choose, homes_for, is_open, next_home
+from router.messages import Completion, Failed, Finished, Output, Started
+from router.placement import Demand, choose, is_open, next_home
 from router.request import Request, State
+from router.seats import Seats
 from servicekit.errors import Code, RemoteError, ServiceError
 from servicekit.tracing import context_of, end_span, start_span, traceparent_of
 
@@ -69,43 +70,6 @@ class Stop:
 Message = Submit | Cancel | Stop | EngineUp | EngineDown | Frame | Moved
 
 
-@dataclass(slots=True, eq=False)
-class _Seats(Places):
-    """An engine's places and who sits there, by number of the sequence."""
-
-    engine: Engine = field(kw_only=True)
-    requests: dict[int, Request] = field(default_factory=dict)
-
-    def take(self, request: Request, where: Where, now: float) -> bool:
-        """Seats a request; returns whether its adapter must be loaded first."""
-        digest, number = request.adapter.digest, request.sequence_id
-        self.requests[number] = request
-        must_load = not self.has(where)
-        if must_load:
-            self.loading.setdefault(digest, now)
-        # One that goes on with an answer may be one of many with its adapter, all sent at once.
-        if not must_load or request.has_answered:
-            self.held.add(number)
-        return must_load
-
-    def leave(self, request: Request) -> None:
-        number = request.sequence_id
-        del self.requests[number]
-        if number in self.held:
-            self.held.discard(number)
-        elif request.started is None:
-            self.loading.pop(request.adapter.digest, None)
-
-    def begin(self, request: Request) -> None:
-        """A sequence has begun, so its adapter is there."""
-        self.loading.pop(request.adapter.digest, None)
-        self.held.add(request.sequence_id)
-
-    def credit(self, credit: Credit) -> None:
-        self.limit = self.max_sequences if credit.places is None else credit.places
-        self.is_draining = credit.is_draining
-
-
 class Dispatcher:
     """The loop.
 
@@ -129,15 +93,13 @@ class Dispatcher:
         self._prefetch = prefetch
         self._now = now
         self._rate = ServiceRate()
-        self._seats: dict[Engine, _Seats] = {}
+        self._seats: dict[Engine, Seats] = {}
         self._queued: dict[int, Request] = {}
         # Requests whose engine was lost while it answered, the first dispatched first.
         self._moving: list[Request] = []
         # Requests that have had tokens since they were charged last: charges matter when someone is picked or queued.
         self._owing: set[Request] = set()
-        # Requests of each adapter that have not ended, and engines it should be on, where that is more than one.
-        self._demand: Counter[str] = Counter()
-        self._homes: dict[str, int] = {}
+        self._demand = Demand()
         self._sequence_ids = itertools.count(1)
         # None while an engine is connected, or was until GRACE seconds ago.
         self._grace: asyncio.TimerHandle | None = None
@@ -202,13 +164,13 @@ class Dispatcher:
                 self._settle()
                 self._pick(seats, now)
 
-    def _continue(self, seats: list[_Seats], now: float) -> None:
+    def _continue(self, seats: list[Seats], now: float) -> None:
         """Sends those on whose engine was lost."""
         for request in list(self._moving):
             digest = request.adapter.digest
             where = self._where(digest)
             # Others may wait for the same adapter there: this one has had its turn.
-            chosen = choose(digest, where, seats, now, self._homes.get(digest, 1)) or min(
+            chosen = choose(digest, where, seats, now, self._demand.homes(digest)) or min(
                 (engine for engine in seats if engine.has_room), key=lambda engine: engine.load, default=None
             )
             if chosen is None:
@@ -216,7 +178,7 @@ class Dispatcher:
             self._moving.remove(request)
             self._send(request, chosen, where)
 
-    def _pick(self, seats: list[_Seats], now: float) -> None:
+    def _pick(self, seats: list[Seats], now: float) -> None:
         def can_go(where: Where) -> bool:
             return is_open(where, seats, now)
 
@@ -232,17 +194,17 @@ class Dispatcher:
         while self._flows.is_shared and (ticket := self._flows.pick_newcomer(can_go, is_warm)):
             self._place(ticket, seats, now)
 
-    def _place(self, ticket: Ticket, seats: list[_Seats], now: float) -> None:
+    def _place(self, ticket: Ticket, seats: list[Seats], now: float) -> None:
         """Sends a request that was picked to an engine."""
         request = self._queued.pop(ticket.number)
         where = ticket.where
-        chosen = choose(ticket.digest, where, seats, now, self._homes.get(ticket.digest, 1))
+        chosen = choose(ticket.digest, where, seats, now, self._demand.homes(ticket.digest))
         if chosen is None:
             raise RuntimeError("a flow was picked that no engine can take")
         self._rate.note(now, ticket.waiting_tokens, is_busy=self._flows.queued > 0)
         self._send(request, chosen, where)
 
-    def _send(self, request: Request, seats: _Seats, where: Where) -> None:
+    def _send(self, request: Request, seats: Seats, where: Where) -> None:
         now = self._now()
         engine = seats.engine
         is_first = not request.engine
@@ -299,8 +261,8 @@ class Dispatcher:
         )
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")
-        self._demand[adapter.digest] += 1
-        request.causes_load = where == frozenset() and self._demand[adapter.digest] == 1
+        request.causes_load = where == frozenset() and not self._demand.requests(adapter.digest)
+        self._demand.add(adapter.digest, self._seats.values())
         self._look_ahead(request, where)
 
     def _refuse(self, request: Request, why: Reject) -> None:
@@ -311,21 +273,10 @@ class Dispatcher:
         digest = request.adapter.digest
         if where is None:
             return
-        homes = self._count_homes(digest)
-        home = next_home(digest, where, list(self._seats.values()), homes)
+        home = next_home(digest, where, list(self._seats.values()), self._demand.homes(digest))
         if home is not None or not self._seats:
             traceparent = traceparent_of(request.stage_span) if request.stage_span else ""
             self._prefetch(digest, home.engine_id if home else "", traceparent, request.tenant)
-
-    def _count_homes(self, digest: str) -> int:
-        """How many engines an adapter should be on now."""
-        capacity = min((seats.max_sequences for seats in self._seats.values()), default=1)
-        homes = homes_for(self._demand[digest], self._homes.get(digest, 1), capacity, len(self._seats))
-        if homes > 1:
-            self._homes[digest] = homes
-        else:
-            self._homes.pop(digest, None)
-        return homes
 
     def _cancel(self, message: Cancel) -> None:
         request = message.request
@@ -353,7 +304,7 @@ class Dispatcher:
                 self._output(request, output, seats)
         metrics.OUTPUT_TOKENS.inc(tokens)
 
-    def _output(self, request: Request, output: Output, seats: _Seats) -> None:
+    def _output(self, request: Request, output: Output, seats: Seats) -> None:
         if output.started:
             self._started(request, output.started, seats)
         if output.token_ids or output.text:
@@ -368,14 +319,14 @@ class Dispatcher:
         elif output.end:
             self._ended(request, output.end, seats)
 
-    def _started(self, request: Request, started: Started, seats: _Seats) -> None:
+    def _started(self, request: Request, started: Started, seats: Seats) -> None:
         seats.begin(request)
         request.begin(started)
         if request.ticket:
             self._flows.loaded(request.ticket)
         self._owing.add(request)
 
-    def _ended(self, request: Request, end: Finished | Failed, seats: _Seats) -> None:
+    def _ended(self, request: Request, end: Finished | Failed, seats: Seats) -> None:
         self._release(request)
         if isinstance(end, Failed) and end.reason == ENGINE_DRAINING:
             # It was on its way when the engine said that it is about to end.
@@ -402,7 +353,7 @@ class Dispatcher:
 
     def _engine_up(self, message: EngineUp) -> None:
         engine = message.engine
-        self._seats[engine] = _Seats(engine.engine_id, engine.max_sequences, engine=engine)
+        self._seats[engine] = Seats(engine.engine_id, engine.max_sequences, engine=engine)
         self._refusing = False
         if self._grace:
             self._grace.cancel()
@@ -487,7 +438,7 @@ class Dispatcher:
         for seats in self._seats.values():
             yield from seats.requests.values()
 
-    def _release(self, request: Request) -> _Seats | None:
+    def _release(self, request: Request) -> Seats | None:
         """Frees the place of a dispatched request; returns the engine it was on."""
         for seats in self._seats.values():
             if request.sequence_id in seats.requests:
@@ -504,17 +455,10 @@ class Dispatcher:
         if request.ticket:
             self._queued.pop(request.ticket.number, None)
             self._flows.end(request.ticket)
-            self._forget_demand(request.adapter.digest)
+            self._demand.remove(request.adapter.digest, self._seats.values())
         if request.stage_span:
             end_span(request.stage_span, end if isinstance(end, ServiceError) else None)
         request.sink.close(end)
-
-    def _forget_demand(self, digest: str) -> None:
-        self._demand[digest] -= 1
-        if digest in self._homes:
-            self._count_homes(digest)
-        if not self._demand[digest]:
-            del self._demand[digest]
 
     def _next_stage(self, request: Request, name: str) -> None:
         if request.stage_span:

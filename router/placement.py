@@ -17,7 +17,8 @@ on an engine at a time. A load that takes longer than PATIENCE counts no more: h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TypeVar
@@ -159,6 +160,43 @@ def homes_for(demand: int, homes: int, capacity: int, engines: int) -> int:
     while homes > 1 and 2 * demand <= (homes - 1) * capacity:
         homes -= 1
     return min(homes, most)
+
+
+class Demand:
+    """Requests of each adapter that have not ended, and how many engines they need."""
+
+    def __init__(self) -> None:
+        self._requests: Counter[str] = Counter()
+        # Of those that need more than one.
+        self._homes: dict[str, int] = {}
+
+    def requests(self, digest: str) -> int:
+        return self._requests[digest]
+
+    def homes(self, digest: str) -> int:
+        return self._homes.get(digest, 1)
+
+    def add(self, digest: str, engines: Collection[Places]) -> None:
+        """One more, with these engines."""
+        self._requests[digest] += 1
+        self._count(digest, engines)
+
+    def remove(self, digest: str, engines: Collection[Places]) -> None:
+        """One less."""
+        self._requests[digest] -= 1
+        self._count(digest, engines)
+        if not self._requests[digest]:
+            del self._requests[digest]
+
+    def _count(self, digest: str, engines: Collection[Places]) -> None:
+        if len(engines) < 2 and digest not in self._homes:
+            return
+        capacity = min((places.max_sequences for places in engines), default=1)
+        homes = homes_for(self._requests[digest], self.homes(digest), capacity, len(engines))
+        if homes > 1:
+            self._homes[digest] = homes
+        else:
+            self._homes.pop(digest, None)
 
 
 def _least_loaded(engines: Iterable[P]) -> P | None:

@@ -154,14 +154,14 @@ class Relay(generation_pb2_grpc.GenerationServiceServicer):
 
 async def serve_engine(port: int, tokens_per_second: float) -> None:
     server = grpc.aio.server(options=OPTIONS)
-    handler = grpc.stream_stream_rpc_method_handler(
+    handler: Any = grpc.stream_stream_rpc_method_handler(
         TokenEngine(tokens_per_second).dispatch,
         request_deserializer=engine_pb2.DispatchRequest.FromString,
     )
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("loraplex.engine.v1.EngineService", {"Dispatch": handler}),)
     )
-    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(EmptyCache(), server)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(EmptyCache(), server)  # type: ignore[abstract]
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()
@@ -170,7 +170,7 @@ async def serve_engine(port: int, tokens_per_second: float) -> None:
 async def serve_relay(port: int, engine_port: int, beat: float) -> None:
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{engine_port}")
     server = grpc.aio.server(options=OPTIONS)
-    relay = Relay(engine_pb2_grpc.EngineServiceStub(channel), beat)
+    relay = Relay(engine_pb2_grpc.EngineServiceStub(channel), beat)  # type: ignore[abstract]
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(relay, server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

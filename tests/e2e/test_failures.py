@@ -108,7 +108,7 @@ def test_a_cache_that_dies_leaves_resident_adapters_served(own_stack: Stack) -> 
         assert stub.Generate(chat(cold.prompt, cold.id), timeout=60).text
 
 
-def test_an_engine_that_dies_before_the_first_token_is_waited_for_or_reported(own_stack: Stack) -> None:
+def test_an_engine_that_dies_with_no_other_to_go_on_is_reported(own_stack: Stack) -> None:
     with own_stack.channel() as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         stream = stub.StreamGenerate(chat("Tell a long story.", max_output_tokens=200, ignore_eos=True), timeout=100)
@@ -116,7 +116,7 @@ def test_an_engine_that_dies_before_the_first_token_is_waited_for_or_reported(ow
         own_stack.kill("engine")
         with pytest.raises(grpc.RpcError) as lost:
             list(stream)
-        assert lost.value.code() == grpc.StatusCode.ABORTED
+        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
         own_stack.start("engine")
         own_stack.wait_ready("engine")
         own_stack.wait_ready("router", 30)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from engine import service
 from loraplex.engine.v1 import engine_pb2 as wire
 from loraplex.v1 import generation_pb2 as public
 from tests.engine.stack import PROMPT, Stream, running_stack
@@ -142,3 +145,32 @@ async def test_routers_share_the_places_and_hear_of_the_end(tiny_model: Any, tmp
         await first.until(lambda: first.frames[-1].draining)
         second.submit(2)
         assert (await second.end_of(2)).failed.reason == "ENGINE_DRAINING"
+
+
+async def test_an_engine_whose_step_hangs_is_silent_and_takes_no_new_router(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_stack(tiny_model("llama"), tmp_path) as stack:
+        stream = await stack.stream()
+        await stream.until(lambda: len(stream.frames) >= 1)
+        # Given a step that does not end
+        hangs = threading.Event()
+        compute = stack.loop._compute
+
+        def wait(rows: Any) -> Any:
+            hangs.wait(20)
+            return compute(rows)
+
+        monkeypatch.setattr(stack.loop, "_compute", wait)
+        stream.submit(1)
+        await asyncio.sleep(1.5)
+        heard = len(stream.frames)
+        await asyncio.sleep(2)
+        assert len(stream.frames) == heard
+        monkeypatch.setattr(service, "HANGING_SECONDS", 1.0)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stack.stub.Dispatch(iter(())).read()
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        # And it goes on when the step does
+        hangs.set()
+        assert (await stream.end_of(1)).finished.output_tokens == 12

@@ -236,7 +236,8 @@ async def test_tenants_share_evenly_however_much_one_of_them_asks() -> None:
 
 
 async def test_many_clients_at_once_are_all_answered_within_the_engines_places() -> None:
-    async with running(*[adapter(f"a{n}") for n in range(20)], engines=[FakeEngine(max_sequences=16)]) as r:
+    there = [adapter(f"a{n}", engines=("engine-0",)) for n in range(20)]
+    async with running(*there, engines=[FakeEngine(max_sequences=16)]) as r:
         most = 0
 
         async def watch() -> None:
