@@ -62,7 +62,6 @@ def adapter_message(
             adapter_pb2.Lease(node_id=node_id, engine_id=engine_id)
             for node_id, _, engine_id in (lease.partition("/") for lease in leases)
         ],
-        base_digest=record.base_digest,
         residency=[
             adapter_pb2.Residency(node_id=node_id, engine_id=engine_id, tier=TIERS[place])
             for node_id, engine_id, place in residency

@@ -155,13 +155,13 @@ async def test_an_engine_whose_step_hangs_is_silent_and_takes_no_new_router(
         await stream.until(lambda: len(stream.frames) >= 1)
         # Given a step that does not end
         hangs = threading.Event()
-        compute = stack.loop._compute
+        launch = stack.loop._launch
 
         def wait(rows: Any) -> Any:
             hangs.wait(20)
-            return compute(rows)
+            return launch(rows)
 
-        monkeypatch.setattr(stack.loop, "_compute", wait)
+        monkeypatch.setattr(stack.loop, "_launch", wait)
         stream.submit(1)
         await asyncio.sleep(1.5)
         heard = len(stream.frames)
