@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# So many of the look-ahead are loaded before they are waited for, so that the next loads are under way. To load more would
-# be to evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded.
+# So many of the look-ahead are loaded before they are waited for, so that the next loads are under way. More would mean to
+# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded.
 EAGER = 2
 
 
