@@ -8,23 +8,26 @@ import os
 import socket
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 from router import metrics
 from router.adapter_service import AdapterServicer
-from router.admission import Limits
 from router.bases import Bases
 from router.cache_link import CacheLink
 from router.config import Settings
 from router.dispatch import Dispatcher, Message, Stop
 from router.fleet import Fleet, Frame
 from router.flows import Flows, Tariff
+from router.ledger import Ledger
 from router.service import GenerationServicer
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
 from servicekit.tracing import setup_tracing
+
+if TYPE_CHECKING:
+    from router.sharing import Sharing
 
 _log = logging.getLogger("router")
 
@@ -44,6 +47,7 @@ class Router:
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
         self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
+        self.sharing = open_sharing(settings)
         self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
         self.generation = GenerationServicer(
             self.cache.view, lambda: self.fleet.engines, self.dispatcher.post, settings.max_unread_kib * 1024
@@ -53,16 +57,16 @@ class Router:
         metrics.ENGINES.set_function(lambda: len(self.fleet.engines))
         self._readiness_changed = asyncio.Event()
 
-    def _make_dispatcher(self) -> Dispatcher:
+    def _make_dispatcher(self, base: str) -> Dispatcher:
         settings = self.settings
-        tariff = Tariff.of(settings.prompt_token_weight, settings.output_token_weight)
-        flows = Flows(tariff, settings.window_tokens, is_loadable=self.cache.view.is_on_host)
-        return Dispatcher(
-            flows,
-            Limits(settings.max_queued_requests, settings.max_queued_per_tenant),
-            self.cache.view.where,
-            self.cache.prefetch,
-        )
+        weights = settings.prompt_token_weight, settings.output_token_weight, settings.load_mib_weight
+        view = self.cache.view
+        flows = Flows(Tariff.of(*weights), settings.window_tokens, settings.weights_of_tenants, view.is_on_host)
+        dispatcher = Dispatcher(flows, settings.limits, view.where, self.cache.prefetch)
+        if self.sharing:
+            flows.ledger = Ledger(settings.share_quantum)
+            self.sharing.add(base, flows.ledger, flows.lead, dispatcher.post)
+        return dispatcher
 
     def _post(self, message: Message) -> None:
         self.dispatcher.post(message)
@@ -77,6 +81,8 @@ class Router:
         await self.server.start(self.settings.listen, _SERVICES)
         health = asyncio.create_task(self._report_health())
         parts = [health, *map(asyncio.create_task, (self.dispatcher.run(), self.fleet.run(), self.cache.follow()))]
+        if self.sharing:
+            parts.append(asyncio.create_task(self.sharing.run()))
         stop = asyncio.create_task(stop_requested)
         # The parts run for ever: one that ends has failed, and a router without it would only pretend to serve.
         await asyncio.wait([stop, *parts], return_when=asyncio.FIRST_COMPLETED)
@@ -85,10 +91,14 @@ class Router:
                 part.result()
         health.cancel()
         await self._drain()
+        if self.sharing:
+            self.sharing.stop()
         for task in (stop, *parts):
             task.cancel()
         await asyncio.gather(stop, *parts, return_exceptions=True)
         await self.cache.close()
+        if self.sharing:
+            await self.sharing.close()
 
     async def _report_health(self) -> None:
         """SERVING only while a request would be answered, whichever adapter it names."""
@@ -112,6 +122,15 @@ class Router:
             self.dispatcher.post(Stop())
         await self.server.drain(_LAST_MOMENTS)
         _log.info("stopped")
+
+
+def open_sharing(settings: Settings) -> Sharing | None:
+    """What shares charges with other routers, if they are to be shared: else Redis's library is not loaded."""
+    if not settings.redis:
+        return None
+    from router.sharing import Sharing
+
+    return Sharing(settings.redis, settings.registry)
 
 
 async def main() -> None:

@@ -16,16 +16,18 @@ class Account:
     """Something that is charged, in micro-tokens.
 
     Attributes:
-        charge: what all its tickets have paid, and what it was lifted by: paid + lifted, to the last micro-token.
+        charge: what all its tickets have paid, what it was lifted by, and what other routers have served of it: the sum of the
+            three, to the last micro-token.
         running: its tickets that were picked and have not ended.
         queued: its tickets that wait, and their tokens.
     """
 
-    __slots__ = ("_ratio", "charge", "lifted", "queued", "queued_tokens", "running", "weight")
+    __slots__ = ("_ratio", "charge", "elsewhere", "lifted", "queued", "queued_tokens", "running", "weight")
 
     def __init__(self) -> None:
         self.charge = 0
         self.lifted = 0
+        self.elsewhere = 0
         self.running = 0
         self.queued = 0
         self.queued_tokens = 0
@@ -41,6 +43,12 @@ class Account:
     def ratio(self) -> tuple[int, int]:
         """The weight as numerator and denominator."""
         return self._ratio
+
+    def served_elsewhere(self, cost: int) -> None:
+        """Takes over what another router has served, before the weight."""
+        share = cost * self._ratio[1] // self._ratio[0]
+        self.elsewhere += share
+        self.charge += share
 
     def lift(self, level: int) -> None:
         """Raises the charge to a level if it is below."""

@@ -1,29 +1,61 @@
-"""Whether one more request may wait. PURE."""
+"""Whether one more request may wait, and who makes room when not all can. PURE.
+
+A request is refused when its tenant's, its adapter's or the whole queue is full, in requests or in tokens, or when at the
+present rate its deadline will have passed before its turn. Where only the whole queue is full, the one who asked for
+most gives way: the tenant that would have received most, by weight, if all that waits were served. If that is the
+newcomer's, the newcomer is refused; otherwise the latest request of that tenant is, with the same status, and its place
+is the newcomer's. So a flood fills the queue with itself and turns away nobody else.
+
+Nobody is refused without being told when to come back: the time it takes, at the present rate and share, to serve a tenth
+of what is in the way.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# A rejected caller is told to come back when this share of the limit has been served: late enough that those rejected
-# with it do not all meet a full queue again, early enough that the queue does not run empty.
+from router.flows import Flows, Ticket
+from router.tickets import Tenant
+
+# Late enough that those rejected together do not all meet a full queue again, early enough that the queue does not run
+# empty.
 _SHARE_TO_SERVE = 0.1
 _SHORTEST_RETRY = 0.1
 # Also the answer while nothing is being served at all.
 _LONGEST_RETRY = 30.0
+# Seconds that must have been observed before a rate is believed.
+_ENOUGH = 1.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most requests that may wait."""
+    """Most requests, and most tokens of prompts and expected answers, that may wait."""
 
     queued: int
     queued_per_tenant: int
+    queued_per_adapter: int
+    tokens: int
+    tokens_per_tenant: int
+    tokens_per_adapter: int
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A request that wants to wait; `seconds_left` to its deadline, None without one."""
+
+    tenant: str
+    digest: str
+    prompt_tokens: int
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
 class Admit:
-    """The request may wait."""
+    """The request may wait; `instead_of` may not any more."""
+
+    instead_of: Ticket | None = None
+    refusal: Reject | None = None
 
 
 @dataclass(frozen=True)
@@ -31,39 +63,130 @@ class Reject:
     """The request may not wait; a retry makes sense after `retry_after` seconds."""
 
     reason: str
-    limit: int
+    message: str
+    limit: float
     retry_after: float
 
 
 class ServiceRate:
-    """Requests dispatched per second, older ones forgotten exponentially."""
+    """Tokens dispatched per second while requests wait, older ones forgotten exponentially.
+
+    What is served while nothing waits says how much was asked for, not how much could be served.
+    """
 
     def __init__(self, window: float = 10.0) -> None:
         self._window = window
-        self._count = 0.0
-        self._noted_at = 0.0
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._noted_at: float | None = None
 
-    def note(self, now: float) -> None:
-        self._count = self._remembered(now) + 1.0
-        self._noted_at = now
+    def note(self, now: float, tokens: int, *, is_busy: bool) -> None:
+        """Requests of so many tokens have left the queue just now; `is_busy`: others still wait."""
+        if self._noted_at is not None:
+            elapsed = max(0.0, now - self._noted_at)
+            kept = math.exp(-elapsed / self._window)
+            self._seconds = self._seconds * kept + elapsed
+            self._tokens = self._tokens * kept + tokens
+        self._noted_at = now if is_busy else None
 
-    def per_second(self, now: float) -> float:
-        return self._remembered(now) / self._window
-
-    def _remembered(self, now: float) -> float:
-        return self._count * math.exp(-max(0.0, now - self._noted_at) / self._window)
-
-
-def admit(limits: Limits, queued: int, queued_by_tenant: int, per_second: float) -> Admit | Reject:
-    """Decides on one more request, with so many waiting and so many being dispatched per second."""
-    if queued_by_tenant >= limits.queued_per_tenant:
-        return _reject("TENANT_QUEUE_FULL", limits.queued_per_tenant, per_second)
-    if queued >= limits.queued:
-        return _reject("QUEUE_FULL", limits.queued, per_second)
-    return Admit()
+    def per_second(self, now: float) -> float | None:
+        """None as long as nothing can be said."""
+        idle = max(0.0, now - self._noted_at) if self._noted_at is not None else 0.0
+        seconds = self._seconds + idle
+        return self._tokens / seconds if seconds >= _ENOUGH else None
 
 
-def _reject(reason: str, limit: int, per_second: float) -> Reject:
-    if per_second * _LONGEST_RETRY <= limit * _SHARE_TO_SERVE:
-        return Reject(reason, limit, _LONGEST_RETRY)
-    return Reject(reason, limit, max(_SHORTEST_RETRY, limit * _SHARE_TO_SERVE / per_second))
+def admit(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: float | None) -> Admit | Reject:
+    """Decides on one more request, with so many tokens per second leaving the queue."""
+    refusal = _own_limits(limits, flows, newcomer, per_second) or _deadline(flows, newcomer, per_second)
+    if refusal:
+        return refusal
+    return _make_room(limits, flows, newcomer, per_second)
+
+
+def _own_limits(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: float | None) -> Reject | None:
+    """Refuses when its own tenant or adapter has as much waiting as it may."""
+    adapter_queued, adapter_tokens = flows.queued_for(newcomer.digest)
+    tenant = flows.account(newcomer.tenant)
+    queued, tokens = (tenant.queued, tenant.queued_tokens) if tenant else (0, 0)
+    for reason, whose, count, limit, waiting in (
+        ("TENANT_QUEUE_FULL", "of this tenant", queued, limits.queued_per_tenant, tokens),
+        ("ADAPTER_QUEUE_FULL", "for this adapter", adapter_queued, limits.queued_per_adapter, adapter_tokens),
+    ):
+        if count >= limit:
+            text = f"{limit} requests {whose} are waiting already"
+            return Reject(reason, text, limit, _retry(waiting, share_of(flows, newcomer.tenant), per_second))
+    for reason, whose, waiting, limit in (
+        ("TENANT_TOKENS_FULL", "of this tenant", tokens, limits.tokens_per_tenant),
+        ("ADAPTER_TOKENS_FULL", "for this adapter", adapter_tokens, limits.tokens_per_adapter),
+    ):
+        # One request may always wait, however long it is.
+        if waiting and waiting + newcomer.prompt_tokens > limit:
+            text = f"{waiting} tokens {whose} are waiting already, {limit} may"
+            return Reject(reason, text, limit, _retry(waiting, share_of(flows, newcomer.tenant), per_second))
+    return None
+
+
+def _deadline(flows: Flows, newcomer: Newcomer, per_second: float | None) -> Reject | None:
+    """Refuses at once whose turn would come too late."""
+    if newcomer.seconds_left is None or not per_second:
+        return None
+    wait = expected_wait(flows, newcomer.tenant, newcomer.digest, per_second)
+    if wait <= newcomer.seconds_left:
+        return None
+    text = f"its turn comes in about {wait:.1f} s, and its deadline is in {newcomer.seconds_left:.1f} s"
+    return Reject("DEADLINE_UNREACHABLE", text, newcomer.seconds_left, _between(wait - newcomer.seconds_left))
+
+
+def _make_room(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: float | None) -> Admit | Reject:
+    """Admits; where the whole queue is full, in the place of one of the tenant that asks for most."""
+    if flows.queued < limits.queued and (
+        not flows.queued or flows.queued_tokens + newcomer.prompt_tokens <= limits.tokens
+    ):
+        return Admit()
+    by_requests = flows.queued >= limits.queued
+    limit = limits.queued if by_requests else limits.tokens
+    what = "requests" if by_requests else "tokens"
+    reason = "QUEUE_FULL" if by_requests else "TOKENS_FULL"
+    # By name where claims are equal, so that every run decides alike.
+    largest = max(flows.backlogged(), key=lambda tenant: (flows.claim(tenant), tenant.name))
+    share = share_of(flows, largest.name)
+    text = f"{limit} {what} are waiting, which is all that may"
+    refusal = Reject(reason, text, limit, _retry(largest.queued_tokens, share, per_second))
+    own = flows.account(newcomer.tenant)
+    mine = flows.claim(own) if own and own.queued else -math.inf
+    ticket = flows.newest(largest.name)
+    if ticket is None or mine >= flows.claim(largest):
+        return refusal
+    if not by_requests and flows.queued_tokens - ticket.waiting_tokens + newcomer.prompt_tokens > limit:
+        # One that is far longer than what it would push out is not worth several others.
+        return refusal
+    return Admit(ticket, refusal)
+
+
+def share_of(flows: Flows, tenant: str) -> float:
+    """What part of the service a tenant gets that has requests waiting."""
+    account = flows.account(tenant)
+    weight = flows.weight_of(tenant)
+    waiting = flows.waiting_weight - (weight if account and account.queued else 0.0)
+    return weight / (weight + max(0.0, waiting))
+
+
+def expected_wait(flows: Flows, tenant: str, digest: str, per_second: float) -> float:
+    """Seconds until a request that comes now has its turn: what is before it in its flow, at its flow's share; never longer
+    than all that waits."""
+    account, flow = flows.account(tenant), flows.account(tenant, digest)
+    if not isinstance(account, Tenant) or flow is None or not flow.queued:
+        return 0.0
+    before = min(account.queued_tokens, flow.queued_tokens * max(1.0, account.waiting_weight / flow.weight))
+    return float(min(flows.queued_tokens, before / share_of(flows, tenant)) / per_second)
+
+
+def _retry(tokens: int, share: float, per_second: float | None) -> float:
+    if not per_second:
+        return _LONGEST_RETRY
+    return _between(tokens * _SHARE_TO_SERVE / (share * per_second))
+
+
+def _between(seconds: float) -> float:
+    return min(_LONGEST_RETRY, max(_SHORTEST_RETRY, seconds))

@@ -18,7 +18,7 @@ class Bases:
         default: digest of the base that answers requests without an adapter; empty while none is known.
     """
 
-    def __init__(self, make: Callable[[], Dispatcher], default: Callable[[], str]) -> None:
+    def __init__(self, make: Callable[[str], Dispatcher], default: Callable[[], str]) -> None:
         self._make = make
         self._default = default
         self._loops: dict[str, Dispatcher] = {}
@@ -57,7 +57,7 @@ class Bases:
     def _loop(self, base: str) -> Dispatcher:
         loop = self._loops.get(base)
         if loop is None:
-            loop = self._loops[base] = self._make()
+            loop = self._loops[base] = self._make(base)
             if self._tasks is not None:
                 self._tasks.create_task(loop.run())
         return loop

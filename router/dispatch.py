@@ -21,11 +21,12 @@ from typing import Any
 
 from router import metrics
 from router.accounts import Where
-from router.admission import Limits, Reject, ServiceRate, admit
+from router.admission import Limits, Newcomer, Reject, ServiceRate, admit
 from router.cache_link import Moved
 from router.errors import AnswerLost, Draining, EngineBrokeContract, EngineLost, NoEngine, QueueFull
 from router.fleet import Engine, EngineDown, EngineUp, Frame
-from router.flows import Flows
+from router.flows import Flows, Ticket
+from router.ledger import Begun, Elsewhere
 from router.messages import Completion, Failed, Finished, Output, Started
 from router.placement import Demand, choose, is_open, next_home
 from router.request import Request, State
@@ -104,7 +105,7 @@ class Dispatcher:
         self._grace: asyncio.TimerHandle | None = None
         self._refusing = True
         self._losses = 0
-        self._inbox: deque[Message | GraceOver] = deque()
+        self._inbox: deque[Message | GraceOver | Elsewhere | Begun] = deque()
         self._posted = asyncio.Event()
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
@@ -115,6 +116,8 @@ class Dispatcher:
             GraceOver: self._grace_over,
             Moved: self._moved,
             Stop: self._stop,
+            Elsewhere: self._elsewhere,
+            Begun: self._begun,
         }
 
     @property
@@ -127,7 +130,7 @@ class Dispatcher:
         """Requests that are on an engine."""
         return sum(len(seats.requests) for seats in self._seats.values())
 
-    def post(self, message: Message | GraceOver) -> None:
+    def post(self, message: Message | GraceOver | Elsewhere | Begun) -> None:
         """Hands the loop a message. To be called on its event loop's thread."""
         self._inbox.append(message)
         self._posted.set()
@@ -177,13 +180,24 @@ class Dispatcher:
         def is_warm(where: Where) -> bool:
             return where != frozenset() and can_go(where)
 
+        for engine in seats:
+            engine.keep(for_newcomers=self._flows.is_shared)
         while ticket := self._flows.pick(can_go, is_warm):
-            request = self._queued.pop(ticket.number)
-            where = ticket.where
-            chosen = choose(ticket.digest, where, seats, now, self._demand.homes(ticket.digest))
-            if chosen is None:
-                raise RuntimeError("a flow was picked that no engine can take")
-            self._send(request, chosen, where)
+            self._place(ticket, seats, now)
+        for engine in seats:
+            engine.keep(for_newcomers=False)
+        while self._flows.is_shared and (ticket := self._flows.pick_newcomer(can_go, is_warm)):
+            self._place(ticket, seats, now)
+
+    def _place(self, ticket: Ticket, seats: list[Seats], now: float) -> None:
+        """Sends a request that was picked to an engine."""
+        request = self._queued.pop(ticket.number)
+        where = ticket.where
+        chosen = choose(ticket.digest, where, seats, now, self._demand.homes(ticket.digest))
+        if chosen is None:
+            raise RuntimeError("a flow was picked that no engine can take")
+        self._rate.note(now, ticket.waiting_tokens, is_busy=self._flows.queued > 0)
+        self._send(request, chosen, where)
 
     def _send(self, request: Request, seats: Seats, where: Where) -> None:
         now = self._now()
@@ -197,7 +211,6 @@ class Dispatcher:
         if is_first or not request.has_answered:
             request.dispatched_at = now
         request.sequence_id = next(self._sequence_ids)
-        self._rate.note(now)
         self._charge(request)
         if seats.take(request, where, now) and request.ticket:
             self._flows.loading(request.ticket, seats.engine_id)
@@ -208,7 +221,7 @@ class Dispatcher:
     def _charge(self, request: Request) -> None:
         self._owing.discard(request)
         if request.ticket:
-            self._flows.charge(request.ticket, *request.charged_tokens)
+            self._flows.charge(request.ticket, *request.work)
 
     def _settle(self) -> None:
         """Brings all charges up to date."""
@@ -221,22 +234,34 @@ class Dispatcher:
             self._end(request, NoEngine())
             return
         self._settle()
-        now = self._now()
-        decision = admit(
-            self._limits, self._flows.queued, self._flows.queued_by(request.tenant), self._rate.per_second(now)
-        )
-        if isinstance(decision, Reject):
-            text = f"{decision.limit} requests are waiting already"
-            self._end(request, QueueFull(text, decision.reason, decision.limit, decision.retry_after))
-            return
         adapter = request.adapter
+        now = self._now()
+        left = None if request.deadline is None else request.deadline - now
+        newcomer = Newcomer(request.tenant, adapter.digest, request.estimated_prompt_tokens, left)
+        decision = admit(self._limits, self._flows, newcomer, self._rate.per_second(now))
+        if isinstance(decision, Reject):
+            self._refuse(request, decision)
+            return
+        if decision.instead_of and decision.refusal:
+            self._refuse(self._queued[decision.instead_of.number], decision.refusal)
         where = self._where(adapter.digest)
         request.become(State.QUEUED)
-        request.ticket = self._flows.enqueue(request.tenant, adapter.digest, adapter.weight, where)
+        request.ticket = self._flows.enqueue(
+            request.tenant,
+            adapter.digest,
+            adapter.weight,
+            where,
+            request.estimated_prompt_tokens,
+            request.most_output_tokens,
+        )
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")
         self._demand.add(adapter.digest, self._seats.values())
+        request.causes_load = where == frozenset() and self._demand.count(adapter.digest) == 1
         self._look_ahead(request, where)
+
+    def _refuse(self, request: Request, why: Reject) -> None:
+        self._end(request, QueueFull(why.message, why.reason, why.limit, why.retry_after))
 
     def _look_ahead(self, request: Request, where: Where) -> None:
         """Has the adapter brought to the next engine it should be on: the queue is the cache's look-ahead."""
@@ -388,6 +413,12 @@ class Dispatcher:
             for seats in self._seats.values():
                 if seats.has(where):
                     seats.loading.pop(digest, None)
+
+    def _elsewhere(self, message: Elsewhere) -> None:
+        self._flows.served_elsewhere(message.served)
+
+    def _begun(self, message: Begun) -> None:
+        self._flows.begin(message.leads)
 
     def _stop(self, _: Stop) -> None:
         for request in list(self._open()):

@@ -6,7 +6,9 @@
     ├── NotFound
     │   └── AdapterNotFound      NOT_FOUND            ADAPTER_NOT_FOUND
     ├── Exhausted
-    │   ├── QueueFull            RESOURCE_EXHAUSTED   QUEUE_FULL, TENANT_QUEUE_FULL; with a retry delay
+    │   ├── QueueFull            RESOURCE_EXHAUSTED   QUEUE_FULL, TOKENS_FULL, TENANT_QUEUE_FULL, TENANT_TOKENS_FULL,
+    │                                                  ADAPTER_QUEUE_FULL, ADAPTER_TOKENS_FULL,
+    │                                                  DEADLINE_UNREACHABLE; with a retry delay
     │   └── ClientTooSlow        RESOURCE_EXHAUSTED   CLIENT_TOO_SLOW
     ├── Unavailable
     │   ├── NoEngine             UNAVAILABLE          NO_ENGINE
@@ -37,9 +39,9 @@ class AdapterNotFound(NotFound):
 
 
 class QueueFull(Exhausted):
-    """Raised when as many requests wait as may wait."""
+    """Raised when as much waits as may wait, or waiting would be in vain."""
 
-    def __init__(self, message: str, reason: str, limit: int, retry_after: float) -> None:
+    def __init__(self, message: str, reason: str, limit: float, retry_after: float) -> None:
         super().__init__(message, reason, retry_after=retry_after)
         self.metadata = {"limit": str(limit)}
 

@@ -18,11 +18,12 @@ The law:
 4. Whoever becomes backlogged is lifted to the least charge among the backlogged; when nobody is, to the charge of the
    one served last. Never is it lifted to less than the highest charge at which anyone was ever picked. So idle time
    earns nothing, whether the others were busy or not. Who could not be served for a while keeps its turn, and is
-   lifted to Q below that charge: a load that took a minute does not earn a minute of the engines.
+   lifted to Q below that charge (as is who is queued again because its engine was lost): a load that took a minute does
+   not earn a minute of the engines.
 5. When a request waits on an engine for its adapter, which could be loaded at once, and others have got Q ahead of its
    flow since, then the device is full of adapters in use. The one of them (or of those about to be) whose tenant, then
    flow, has received most gets no new sequences there until the request can go on. So no adapter waits for ever for
-   its place on a device.
+   its place on a device. If others get Q further ahead after it could have left, it is let go: that did not help.
 6. Work that was done stays charged, whether the request was cancelled or answered.
 
 The bound. Let f and g be two flows of one level that are backlogged and could be served all through an interval, and W
@@ -47,7 +48,7 @@ T_f + l_f <= T_g + l_g + X_g + Q at e, or that g reaches that later:
   - f was lifted to the highest pick, of some h: at that pick h stood to g as f does in the first two cases. To the one
     served last: then nobody was backlogged, and g has been lifted since to no less than f's charge or f's pick.
 The same holds with f and g exchanged. W_f - W_g in the interval is D at its end less D at its beginning, and so at most
-R_f + X_g + Q + R_g + X_f + Q. Q enters only where one of the two was cold. QED. bench/fairness/traces.py measures it on random traces.
+R_f + X_g + Q + R_g + X_f + Q. Q enters only where one of the two was cold. QED. bench/fairness/traces.py tries it.
 
 Cost: picking takes O(log n) for n backlogged adapters, times the few distinct sets of engines that adapters are on;
 charging takes O(1).
@@ -58,7 +59,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from router.accounts import Account, Level, Question, Where
-from router.tickets import MICRO, NOTHING, Flow, Tariff, Tenant, Ticket, Work
+from router.ledger import Ledger, Name
+from router.tickets import MICRO, NOTHING, Flow, Hold, Tariff, Tenant, Ticket, Work
 
 __all__ = ["MICRO", "Flows", "Tariff", "Ticket", "Work"]
 
@@ -86,6 +88,9 @@ class Flows:
         self._window = round(window * MICRO)
         self._tenant_weights = dict(tenant_weights or {})
         self._is_loadable = is_loadable
+        # What is served here is noted in it, when charges are shared with other routers.
+        self.ledger: Ledger | None = None
+        self._leads: dict[Name, tuple[int, int]] = {}
         self.level: Level[Tenant] = Level()
         # Those of them that have nothing on engines.
         self._newcomers: Level[Tenant] = Level()
@@ -95,19 +100,30 @@ class Flows:
         self._running: dict[int, Ticket] = {}
         # Tickets that were picked and wait for their adapter, with the engine they wait on.
         self._loading: dict[Ticket, str] = {}
-        # The adapter that is held back, and the ticket and engine it must make room for.
-        self._held: tuple[str, Ticket, str] | None = None
+        self._hold: Hold | None = None
+        # Tickets for which holding an adapter back did not help.
+        self._hopeless: set[Ticket] = set()
         self._where: dict[str, Where] = {}
         self._flow_count = 0
         self._sweep_at = _FIRST_SWEEP
         self._tickets = 0
         self.queued = 0
         self.queued_tokens = 0
+        # Weights of those with requests that wait, for estimates only: sums of floats may drift by a rounding.
+        self.waiting_weight = 0.0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether more than one tenant is known, so that places should be kept for those who come."""
+        return len(self._tenants) > 1
 
     def account(self, tenant: str, digest: str | None = None) -> Account | None:
         """The account of a tenant, or of one of its adapters; None when it is not known. To be read only."""
         found = self._tenants.get(tenant)
         return found if found is None or digest is None else found.flows.get(digest)
+
+    def weight_of(self, tenant: str) -> float:
+        return self._tenant_weights.get(tenant, 1.0)
 
     def accounts(self) -> Iterable[Tenant]:
         """All tenants that are known."""
@@ -120,6 +136,11 @@ class Flows:
     def queued_by(self, tenant: str) -> int:
         account = self.account(tenant)
         return account.queued if account else 0
+
+    def queued_for(self, digest: str) -> tuple[int, int]:
+        """Requests that wait for an adapter, all tenants together, and their tokens."""
+        flows = self._by_digest.get(digest, ())
+        return sum(flow.queued for flow in flows), sum(flow.queued_tokens for flow in flows)
 
     def charge_of(self, tenant: str, digest: str | None = None) -> int:
         """Charge of a tenant, or of one of its adapters, in micro-tokens; 0 when it is not known."""
@@ -137,6 +158,8 @@ class Flows:
     ) -> Ticket:
         """Appends a request to its flow. Ids that share a digest share the flow; the weight given last is in force."""
         flow = self._flow(tenant, digest, where)
+        if flow.queue:
+            flow.tenant.waiting_weight += weight - flow.weight
         flow.set_weight(weight)
         self._tickets += 1
         ticket = Ticket(self._tickets, flow, prompt_tokens, most_output)
@@ -148,7 +171,8 @@ class Flows:
         ticket.expected_output = 0
         self._settle(ticket, NOTHING)
         self._leave_engine(ticket)
-        self._append(ticket)
+        # Its turn had come already: it is not one that becomes backlogged.
+        self._append(ticket, self._window + 1)
         ticket.flow.queue.move_to_end(ticket.number, last=False)
 
     def pick(self, is_open: Question, is_warm: Question | None = None) -> Ticket | None:
@@ -186,6 +210,7 @@ class Flows:
     def loaded(self, ticket: Ticket) -> None:
         """A request waits for its adapter no more; of no effect when it did not."""
         if self._loading.pop(ticket, None) is not None:
+            self._hopeless.discard(ticket)
             self._release(ticket)
             self._refresh(ticket.digest)
 
@@ -215,6 +240,28 @@ class Flows:
                 self.loaded(ticket)
         self._refresh(digest)
 
+    def served_elsewhere(self, served: Mapping[Name, int]) -> None:
+        """Charges what other routers have served, in weighted tokens; who is not known here is lifted when it comes."""
+        for (tenant_name, digest), tokens in served.items():
+            tenant = self._tenants.get(tenant_name)
+            if tenant:
+                tenant.served_elsewhere(tokens * MICRO)
+                if digest in tenant.flows:
+                    tenant.flows[digest].served_elsewhere(tokens * MICRO)
+
+    def lead(self, name: Name) -> tuple[int, int]:
+        """By how many weighted tokens a flow, and its tenant, is above the level that newcomers are lifted to."""
+        tenant = self._tenants.get(name[0])
+        flow = tenant.flows.get(name[1]) if tenant else None
+        if tenant is None or flow is None:
+            return 0, 0
+        leads = flow.charge - tenant.level.level(), tenant.charge - self.level.level()
+        return max(0, leads[0]) // MICRO, max(0, leads[1]) // MICRO
+
+    def begin(self, leads: Mapping[Name, tuple[int, int]]) -> None:
+        """Goes on from where a router was that ended: who was ahead then is ahead when it comes."""
+        self._leads = {name: lead for name, lead in leads.items() if any(lead)}
+
     def digests(self) -> list[str]:
         """Adapters of all flows that are remembered."""
         return list(self._by_digest)
@@ -225,6 +272,7 @@ class Flows:
         flows = [flow for flow in found.flows.values() if flow.queue] if found else []
         if not flows:
             return None
+        # By digest where claims are equal, so that every run decides alike.
         last = max(flows, key=lambda flow: (self.claim(flow), flow.digest))
         return next(reversed(last.queue.values()))
 
@@ -254,8 +302,10 @@ class Flows:
         return ticket
 
     def _settle(self, ticket: Ticket, work: Work) -> None:
-        ticket.work = work
-        ticket.cost = self._tariff.cost(work)
+        cost = self._tariff.cost(work)
+        if self.ledger:
+            self.ledger.note((ticket.tenant, ticket.digest), cost - ticket.cost)
+        ticket.work, ticket.cost = work, cost
         in_advance = max(0, ticket.expected_output - work.output_tokens)
         change, tenant_change = ticket.pay(ticket.cost + self._tariff.output * in_advance)
         flow, tenant = ticket.flow, ticket.flow.tenant
@@ -267,13 +317,16 @@ class Flows:
             self._newcomers.fell(tenant)
 
     def _make_room(self, picked: Flow) -> bool:
-        """Holds an adapter back if a request has waited its bound for room on a device; returns whether that is news."""
+        """Holds an adapter back if a request has waited its bound for room on a device; returns whether anything changed."""
+        if self._hold:
+            return self._doubt(self._hold, picked)
         for ticket, engine_id in self._loading.items():
-            if _lead(picked, ticket.flow) > self._window and self._is_loadable(ticket.digest):
-                return self._hold(ticket, engine_id, picked)
+            is_behind = _lead(picked, ticket.flow) > self._window
+            if is_behind and ticket not in self._hopeless and self._is_loadable(ticket.digest):
+                return self._hold_back(ticket, engine_id, picked)
         return False
 
-    def _hold(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
+    def _hold_back(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
         in_use = [
             flow
             for flow in (picked, *(other.flow for other in self._running.values()))
@@ -281,19 +334,28 @@ class Flows:
         ]
         if not in_use:
             return False
-        held = (max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)).digest, ticket, engine_id)
-        before, self._held = self._held, held
-        if before == held:
+        self._hold = Hold(ticket, engine_id, max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)))
+        self._refresh(self._hold.flow.digest)
+        return True
+
+    def _doubt(self, hold: Hold, picked: Flow) -> bool:
+        """Gives a hold up that has not helped although the adapter could leave."""
+        if any(other.digest == hold.flow.digest for other in self._running.values()):
             return False
-        for digest in {held[0], before[0] if before else held[0]}:
-            self._refresh(digest)
+        lead = _lead(picked, hold.flow)
+        if hold.lead is None:
+            hold.lead = lead
+        if lead <= hold.lead + self._window:
+            return False
+        self._hopeless.add(hold.ticket)
+        self._release(hold.ticket)
         return True
 
     def _release(self, ticket: Ticket) -> None:
         """Lets an adapter go on that was held back for a request."""
-        if self._held and self._held[1] is ticket:
-            digest = self._held[0]
-            self._held = None
+        if self._hold and self._hold.ticket is ticket:
+            digest = self._hold.flow.digest
+            self._hold = None
             self._refresh(digest)
 
     def _leave_engine(self, ticket: Ticket) -> None:
@@ -311,8 +373,8 @@ class Flows:
         where = self._where[digest]
         if where is None:
             return None
-        if self._held and self._held[0] == digest:
-            where -= {self._held[2]}
+        if self._hold and self._hold.flow.digest == digest:
+            where -= {self._hold.engine_id}
             return where or False
         if not where and any(ticket.digest == digest for ticket in self._loading):
             return False
@@ -353,24 +415,32 @@ class Flows:
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             tenant = self._tenants[tenant_name] = Tenant(tenant_name)
-            tenant.set_weight(self._tenant_weights.get(tenant_name, 1.0))
+            tenant.set_weight(self.weight_of(tenant_name))
+            ahead = max((lead[1] for name, lead in self._leads.items() if name[0] == tenant_name), default=0)
+            if ahead:
+                tenant.lift(self.level.level() + ahead * MICRO)
         flow = tenant.flows.get(digest)
         if flow is None:
             flow = tenant.flows[digest] = Flow(tenant, digest)
+            if ahead := self._leads.pop((tenant_name, digest), (0, 0))[0]:
+                flow.lift(tenant.level.level() + ahead * MICRO)
             self._by_digest.setdefault(digest, set()).add(flow)
             self._where.setdefault(digest, where)
             flow.where = self._where[digest]
             self._flow_count += 1
         return flow
 
-    def _append(self, ticket: Ticket) -> None:
+    def _append(self, ticket: Ticket, below: int | None = None) -> None:
+        """Puts a request into its flow's queue; a flow that was empty is lifted, to so far below the highest pick if given."""
         flow = ticket.flow
         tenant = flow.tenant
         if not tenant.queued:
-            tenant.lift(self.level.level())
+            tenant.lift(self.level.level() if below is None else self.level.highest_pick - below)
             self._backlogged[tenant.name] = tenant
+            self.waiting_weight += tenant.weight
         if not flow.queue:
-            flow.lift(tenant.level.level())
+            flow.lift(tenant.level.level() if below is None else tenant.level.highest_pick - below)
+            tenant.waiting_weight += flow.weight
         flow.queue[ticket.number] = ticket
         self._count(ticket, 1)
         if flow.listed_at is False:
@@ -380,10 +450,13 @@ class Flows:
         flow = ticket.flow
         del flow.queue[ticket.number]
         self._count(ticket, -1)
+        tenant = flow.tenant
         if not flow.queue:
             self._list(flow, False)
-        if not flow.tenant.queued:
-            del self._backlogged[flow.tenant.name]
+            tenant.waiting_weight -= flow.weight
+        if not tenant.queued:
+            del self._backlogged[tenant.name]
+            self.waiting_weight -= tenant.weight
 
     def _count(self, ticket: Ticket, sign: int) -> None:
         if sign > 0:

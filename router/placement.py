@@ -39,6 +39,7 @@ class Places:
         max_sequences: most that the engine runs, those of all routers together.
         limit: most that this router may have there now.
         held: sequences of this router that hold a place.
+        kept: places that are kept for others than those who are asked about.
         loading: digests this router waits for there, with the time their load was first waited for.
         is_draining: it takes nothing new.
     """
@@ -49,6 +50,7 @@ class Places:
     held: set[int] = field(default_factory=set)
     loading: dict[str, float] = field(default_factory=dict)
     is_draining: bool = False
+    kept: int = 0
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -56,7 +58,11 @@ class Places:
 
     @property
     def has_room(self) -> bool:
-        return not self.is_draining and len(self.held) < self.limit
+        return not self.is_draining and len(self.held) + self.kept < self.limit
+
+    def keep(self, *, for_newcomers: bool) -> None:
+        """Keeps a few of its places, or none, for tenants that have nothing on engines."""
+        self.kept = (self.max_sequences + 8) // 16 if for_newcomers else 0
 
     @property
     def load(self) -> float:
@@ -163,6 +169,9 @@ class Demand:
         self._requests: Counter[str] = Counter()
         # Of those that need more than one.
         self._homes: dict[str, int] = {}
+
+    def count(self, digest: str) -> int:
+        return self._requests[digest]
 
     def homes(self, digest: str) -> int:
         return self._homes.get(digest, 1)

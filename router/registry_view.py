@@ -42,6 +42,7 @@ class Adapter:
         tier: the best one it is in.
         engines: ids of the engines that have it on their device.
         created: when this version was registered, nanoseconds.
+        size_bytes: of its artifact.
         base_digest: the base it was made for; empty where that is not said.
     """
 
@@ -53,6 +54,7 @@ class Adapter:
     tier: Tier = Tier.REMOTE
     engines: frozenset[str] = frozenset()
     created: int = 0
+    size_bytes: int = 0
     base_digest: str = ""
 
     @property

@@ -56,6 +56,9 @@ class Request:
     sink: Sink
     span: Span
     arrived_at: float
+    # Of its answer, None when that is open; and when its client will have gone, None when it waits for ever.
+    most_output_tokens: int | None = None
+    deadline: float | None = None
 
     state: State = field(default=State.NEW, init=False)
     ticket: Ticket | None = field(default=None, init=False)
@@ -73,6 +76,8 @@ class Request:
     # Of the prompt, by the engine it is on now; and those that went to the client, whichever engine they came from.
     prompt_logprobs: int = field(default=0, init=False)
     prompt_logprobs_told: int = field(default=0, init=False)
+    # Its adapter is brought to a device for its sake.
+    causes_load: bool = field(default=False, init=False)
     migrations: int = field(default=0, init=False)
     stage_span: Span | None = field(default=None, init=False)
 
@@ -104,11 +109,12 @@ class Request:
         )
 
     @property
-    def charged_tokens(self) -> tuple[int, int]:
-        """Prompt tokens, and output tokens, to be charged for it, as far as is known."""
+    def work(self) -> tuple[int, int, int]:
+        """Prompt tokens, output tokens and bytes loaded, to be charged for it, as far as is known."""
         if self.started is None:
-            return self.estimated_prompt_tokens, self.output_tokens
-        return self.started.prompt_tokens - self.started.cached_prompt_tokens, self.output_tokens
+            return self.estimated_prompt_tokens, self.output_tokens, 0
+        computed = self.started.prompt_tokens - self.started.cached_prompt_tokens
+        return computed, self.output_tokens, self.adapter.size_bytes if self.causes_load else 0
 
     def piece(self, output: Output) -> Piece | None:
         """What an output has for the client; None if nothing. What another engine said of the prompt is left out."""

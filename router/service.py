@@ -171,6 +171,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             sink=sink,
             span=span,
             arrived_at=call.arrived_at,
+            most_output_tokens=generation.stopping.max_output_tokens,
+            deadline=_deadline_of(context),
         )
         self._post(Submit(call.request))
 
@@ -194,6 +196,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
 _GONE = Cancelled("the client is gone", "CLIENT_GONE")
 _TOO_LATE = DeadlineExceeded("the client's deadline has passed", "DEADLINE_EXCEEDED")
+
+
+def _deadline_of(context: Context) -> float | None:
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
 
 
 def tenant_of(context: Context) -> str:

@@ -47,13 +47,15 @@ class Tariff:
 class Tenant(Account):
     """A tenant's account, and its flows."""
 
-    __slots__ = ("flows", "level", "name")
+    __slots__ = ("flows", "level", "name", "waiting_weight")
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
         self.flows: dict[str, Flow] = {}
         self.level: Level[Flow] = Level()
+        # Of its flows with requests that wait; for estimates only.
+        self.waiting_weight = 0.0
 
 
 class Flow(Account):
@@ -151,3 +153,18 @@ class Ticket:
     def _likely_output(self) -> int:
         expected = self.flow.expected_output
         return expected if self.most_output is None else min(expected, self.most_output)
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """An adapter that gets no new sequences on an engine, for a request that waits there for its own.
+
+    Attributes:
+        flow: the one of its flows that had received most.
+        lead: by how much the next to be served was ahead of it when it had no sequence left; None before.
+    """
+
+    ticket: Ticket
+    engine_id: str
+    flow: Flow
+    lead: int | None = None

@@ -155,6 +155,7 @@ def adapter_from(message: adapter_pb2.Adapter) -> Adapter:
         tier=best_tier(Tier(place.tier) for place in residency if place.tier),
         engines=frozenset(place.engine_id for place in residency if place.tier == adapter_pb2.TIER_DEVICE),
         created=message.create_time.ToNanoseconds(),
+        size_bytes=message.size_bytes,
     )
 
 

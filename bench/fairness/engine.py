@@ -30,6 +30,7 @@ class Model:
         per_sequence: what each sequence in decode adds.
         per_prompt_token: what each prompt token adds.
         kv_tokens: room for prompts and answers.
+        step_tokens: most tokens of a step; prompts are computed in parts, those that joined first first.
         places: most sequences at a time.
         join_every: steps between two times that requests may join.
         device_adapters: adapters the device holds.
@@ -41,6 +42,7 @@ class Model:
     per_prompt_token: float
     kv_tokens: int
     places: int = 1000
+    step_tokens: int = 1_000_000
     join_every: int = 1
     device_adapters: int = 1000
     load: float = 0.0
@@ -60,7 +62,7 @@ class Running:
     key: object
     joined: float
     done: int = 0
-    prefilled: bool = False
+    prefilled: int = 0
 
     @property
     def left(self) -> int:
@@ -121,15 +123,21 @@ class Engine:
     def step(self) -> tuple[float, list[Running], list[Running]]:
         """Runs a step: its duration, the sequences whose prompt it computed, and those it made a token for."""
         ready = [one for one in self.running if self.is_resident(one.job.adapter)]
-        begun = [one for one in ready if not one.prefilled]
+        going = [one for one in ready if one.prefilled == one.job.prompt]
+        begun = []
+        prompts, budget = 0, self.model.step_tokens - len(going)
         for one in ready:
-            one.prefilled = True
-            one.done += 1
             self.use(one.job.adapter)
-        prompts = sum(one.job.prompt for one in begun)
+            part = min(one.job.prompt - one.prefilled, budget - prompts)
+            one.prefilled += part
+            prompts += part
+            if part and one.prefilled == one.job.prompt:
+                begun.append(one)
+        for one in (*going, *begun):
+            one.done += 1
         model = self.model
-        seconds = model.step + model.per_sequence * len(ready) + model.per_prompt_token * prompts
-        return seconds, begun, ready
+        seconds = model.step + model.per_sequence * len(going) + model.per_prompt_token * prompts
+        return seconds, begun, [*going, *begun]
 
     def _room_for_adapter(self) -> bool:
         if len(self.loaded) < self.model.device_adapters:

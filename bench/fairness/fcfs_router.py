@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import router.__main__
+import router.__main__ as service
 from router.accounts import Where
 from router.flows import Flows, Ticket
 from servicekit.server import run
@@ -20,7 +20,11 @@ class FcfsFlows(Flows):
     def pick(self, is_open: Callable[[Where], bool], *rest: Any, **more: Any) -> Ticket | None:
         return super().pick(lambda where: is_open(None))
 
+    @property
+    def is_shared(self) -> bool:
+        return False
+
 
 if __name__ == "__main__":
-    setattr(router.__main__, "Flows", FcfsFlows)  # noqa: B010
-    run(router.__main__.main, "router")
+    setattr(service, "Flows", FcfsFlows)  # noqa: B010
+    run(service.main, "router")

@@ -154,12 +154,20 @@ class Ours:
         self._jobs[ticket] = job
 
     def next(self, engine: Engine, now: float) -> tuple[Job, object] | None:
+        if len(engine.running) >= engine.model.places:
+            return None
         loading = sum(not engine.is_resident(one.job.adapter) for one in engine.running)
         half = max(1, engine.model.places // 2)
-        ticket = self.flows.pick(
-            lambda where: where != NOWHERE or loading < half,
-            lambda where: where != NOWHERE,
-        )
+        kept = (engine.model.places + 8) // 16 if self.flows.is_shared else 0
+        room = len(engine.running) + kept < engine.model.places
+
+        def is_open(where: Where) -> bool:
+            return where != NOWHERE or loading < half
+
+        def is_warm(where: Where) -> bool:
+            return where != NOWHERE
+
+        ticket = (room and self.flows.pick(is_open, is_warm)) or self.flows.pick_newcomer(is_open, is_warm)
         if ticket is None:
             return None
         job = self._jobs[ticket]

@@ -140,7 +140,7 @@ class Trace:
         return self.weights[name[0]] if len(name) == 1 else self.adapters[name[0], name[1]]
 
     def _bound(self, f: Name, g: Name) -> float:
-        """U_f + U_g + 2 Q: engines hold at most so many requests, each of which costs, or is thought to cost, at most so much."""
+        """U_f + U_g + 2 Q: engines hold so many requests, each of which costs, or is thought to cost, at most so much."""
         most = self.tariff.cost(Work(self.longest_prompt, self.longest_output, self.load_bytes))
         remaining = in_advance = sum(self.engines.values()) * most
         return (remaining + in_advance) * (1 / self._weight(f) + 1 / self._weight(g)) + 2 * self.window * MICRO

@@ -1,38 +1,131 @@
-"""Limits of the queues."""
+"""Who may wait, who gives way, and when to come back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.admission import Admit, Limits, Reject, ServiceRate, admit
+from router.admission import Admit, Limits, Newcomer, Reject, ServiceRate, admit, expected_wait
+from router.flows import Flows, Tariff
 
-LIMITS = Limits(queued=100, queued_per_tenant=40)
-
-
-@given(st.integers(0, 200), st.integers(0, 200), st.floats(0, 1e6))
-def test_admitted_exactly_below_both_limits(queued: int, by_tenant: int, rate: float) -> None:
-    decision = admit(LIMITS, queued, by_tenant, rate)
-    assert isinstance(decision, Admit) == (queued < 100 and by_tenant < 40)
-    if isinstance(decision, Reject):
-        assert 0.1 <= decision.retry_after <= 30
+LIMITS = Limits(100, 40, 60, 100_000, 40_000, 60_000)
 
 
-def test_the_reason_names_the_limit_that_was_met() -> None:
-    assert admit(LIMITS, 100, 0, 1.0) == Reject("QUEUE_FULL", 100, 10.0)
-    assert admit(LIMITS, 50, 40, 1.0) == Reject("TENANT_QUEUE_FULL", 40, 4.0)
+def flows_with(*backlogs: tuple[str, str, int], tokens: int = 10, weights: dict[str, float] | None = None) -> Flows:
+    flows = Flows(Tariff.of(1, 2), tenant_weights=weights)
+    for tenant, digest, count in backlogs:
+        for _ in range(count):
+            flows.enqueue(tenant, digest, 1.0, None, tokens)
+    return flows
 
 
-@pytest.mark.parametrize("rate, retry_after", [(0.0, 30.0), (0.1, 30.0), (5.0, 2.0), (1e9, 0.1)])
-def test_the_faster_the_service_the_sooner_the_retry(rate: float, retry_after: float) -> None:
-    decision = admit(LIMITS, 100, 0, rate)
-    assert isinstance(decision, Reject) and decision.retry_after == pytest.approx(retry_after)
+def refused(decision: Admit | Reject) -> Reject:
+    assert isinstance(decision, Reject)
+    return decision
 
 
-def test_the_rate_of_steady_service_is_found_and_forgotten() -> None:
+@pytest.mark.parametrize(
+    "backlog, newcomer, reason, limit",
+    [
+        (("t", "a", 40), Newcomer("t", "b", 1), "TENANT_QUEUE_FULL", 40),
+        (("t", "a", 39), Newcomer("t", "b", 39_990), "TENANT_TOKENS_FULL", 40_000),
+    ],
+)
+def test_a_tenant_that_has_enough_waiting_is_refused(
+    backlog: tuple[str, str, int], newcomer: Newcomer, reason: str, limit: int
+) -> None:
+    decision = refused(admit(LIMITS, flows_with(backlog), newcomer, 10.0))
+    assert (decision.reason, decision.limit) == (reason, limit)
+    assert isinstance(admit(LIMITS, flows_with(backlog), replace(newcomer, tenant="u", prompt_tokens=1), 10.0), Admit)
+
+
+def test_an_adapter_that_has_enough_waiting_is_refused_to_every_tenant() -> None:
+    flows = flows_with(("t", "a", 30), ("u", "a", 30))
+    assert refused(admit(LIMITS, flows, Newcomer("v", "a", 1), 10.0)).reason == "ADAPTER_QUEUE_FULL"
+    assert isinstance(admit(LIMITS, flows, Newcomer("v", "b", 1), 10.0), Admit)
+
+
+def test_one_request_may_wait_however_long_it_is() -> None:
+    assert isinstance(admit(LIMITS, flows_with(), Newcomer("t", "a", 10**6), 10.0), Admit)
+
+
+def test_a_full_queue_makes_room_for_who_asks_for_less() -> None:
+    limits = replace(LIMITS, queued=30)
+    flows = flows_with(("flood", "a", 25), ("other", "a", 5))
+    decision = admit(limits, flows, Newcomer("modest", "a", 10), 10.0)
+    # Then the latest of the flood gives way, and is told so
+    assert isinstance(decision, Admit) and decision.instead_of and decision.refusal
+    assert decision.instead_of.tenant == "flood" and decision.instead_of.number == 25
+    assert decision.refusal.reason == "QUEUE_FULL" and decision.refusal.retry_after >= 0.1
+    # And the flood itself gets no more in
+    assert refused(admit(limits, flows, Newcomer("flood", "a", 10), 10.0)).reason == "QUEUE_FULL"
+
+
+def test_with_more_weight_one_may_ask_for_more() -> None:
+    limits = replace(LIMITS, queued=30)
+    flows = flows_with(("paying", "a", 18), ("other", "a", 12), weights={"paying": 4.0})
+    decision = admit(limits, flows, Newcomer("modest", "a", 10), 10.0)
+    assert isinstance(decision, Admit) and decision.instead_of and decision.instead_of.tenant == "other"
+
+
+def test_who_cannot_be_served_in_time_is_told_at_once() -> None:
+    # Given 400 tokens of two tenants, at 10 tokens a second: a tenant's share of them takes 40 s
+    flows = flows_with(("t", "a", 20), ("u", "a", 20))
+    assert expected_wait(flows, "t", "a", 10.0) == pytest.approx(40.0)
+    late = refused(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=15.0), 10.0))
+    assert late.reason == "DEADLINE_UNREACHABLE" and late.retry_after == pytest.approx(25.0)
+    # But a newcomer need not wait for what the others have queued, nor anyone who has the time
+    assert isinstance(admit(LIMITS, flows, Newcomer("new", "a", 1, seconds_left=0.5), 10.0), Admit)
+    assert isinstance(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=60.0), 10.0), Admit)
+    # Nor is anyone refused as long as the rate is not known
+    assert isinstance(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=0.5), None), Admit)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("tuv"), st.sampled_from("ab"), st.integers(0, 300)), max_size=120),
+    st.one_of(st.none(), st.floats(0, 1e6)),
+)
+def test_no_limit_is_ever_passed_and_nobody_is_dropped_silently(asks: list[tuple[str, str, int]], rate: Any) -> None:
+    limits = Limits(50, 30, 40, 5_000, 3_000, 4_000)
+    flows = flows_with()
+    refusals = 0
+    for tenant, digest, tokens in asks:
+        decision = admit(limits, flows, Newcomer(tenant, digest, tokens), rate)
+        if isinstance(decision, Reject):
+            refusals += 1
+            assert 0.1 <= decision.retry_after <= 30 and decision.reason and decision.message
+            continue
+        if decision.instead_of:
+            assert decision.refusal and decision.instead_of.tenant != tenant
+            flows.end(decision.instead_of)
+            refusals += 1
+        flows.enqueue(tenant, digest, 1.0, None, tokens)
+        assert flows.queued <= 50 and flows.queued_by(tenant) <= 30
+        assert flows.queued_tokens <= 5_000
+    assert flows.queued + refusals == len(asks)
+
+
+@pytest.mark.parametrize("rate, retry_after", [(None, 30.0), (0.0, 30.0), (100.0, 0.4), (1e9, 0.1)])
+def test_the_faster_the_service_the_sooner_the_retry(rate: float | None, retry_after: float) -> None:
+    flows = flows_with(("t", "a", 40))
+    assert refused(admit(LIMITS, flows, Newcomer("t", "a", 1), rate)).retry_after == pytest.approx(retry_after)
+
+
+def test_the_rate_of_steady_service_is_found_and_idle_time_does_not_count() -> None:
     rate = ServiceRate(window=10.0)
+    assert rate.per_second(0.0) is None
     for step in range(1000):
-        rate.note(100.0 + step / 20)
-    assert rate.per_second(150.0) == pytest.approx(20, rel=0.05)
-    assert rate.per_second(250.0) < 0.01
+        rate.note(100.0 + step / 20, 3, is_busy=True)
+    assert rate.per_second(150.0) == pytest.approx(60, rel=0.05)
+    # When the queue runs empty for a long time
+    rate.note(150.0, 3, is_busy=False)
+    assert rate.per_second(1000.0) == pytest.approx(60, rel=0.05)
+    # And when it is stuck with requests waiting
+    rate.note(1000.0, 3, is_busy=True)
+    slow = rate.per_second(1100.0)
+    assert slow is not None and slow < 10
