@@ -261,8 +261,8 @@ class Dispatcher:
         )
         self._queued[request.ticket.number] = request
         self._next_stage(request, "queue")
-        request.causes_load = where == frozenset() and not self._demand.requests(adapter.digest)
         self._demand.add(adapter.digest, self._seats.values())
+        request.causes_load = where == frozenset() and self._demand.count(adapter.digest) == 1
         self._look_ahead(request, where)
 
     def _refuse(self, request: Request, why: Reject) -> None:

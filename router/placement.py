@@ -170,7 +170,7 @@ class Demand:
         # Of those that need more than one.
         self._homes: dict[str, int] = {}
 
-    def requests(self, digest: str) -> int:
+    def count(self, digest: str) -> int:
         return self._requests[digest]
 
     def homes(self, digest: str) -> int:
