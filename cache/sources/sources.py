@@ -5,11 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from cache.artifact import AdapterFiles
 from cache.errors import SourceTooSlow
 from cache.sources.credentials import GivenCredentials
 from cache.sources.source import NO_CREDENTIALS, Credentials, Limits, Source, scheme_of
+
+# Looking costs a source little, and is done in every call.
+LOOKS_PER_READER = 4
+
+
+class _Room(NamedTuple):
+    """What one source may be asked at the same time."""
+
+    looks: asyncio.Semaphore
+    reads: asyncio.Semaphore
 
 
 class Sources:
@@ -26,8 +37,12 @@ class Sources:
         self._limits = limits or Limits()
         self._given = given or GivenCredentials()
         # Sources that serve two schemes share their room.
-        rooms = {id(source): asyncio.Semaphore(self._limits.at_once) for source in self._served.values()}
+        rooms = {id(source): self._room() for source in self._served.values()}
         self._rooms = {scheme: rooms[id(source)] for scheme, source in self._served.items()}
+
+    def _room(self) -> _Room:
+        at_once = self._limits.at_once
+        return _Room(asyncio.Semaphore(at_once * LOOKS_PER_READER), asyncio.Semaphore(at_once))
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -36,12 +51,13 @@ class Sources:
 
     async def look(self, source_uri: str, credentials: Credentials = NO_CREDENTIALS) -> str:
         """See Source.look."""
-        async with self._timed(source_uri, self._limits.idle_seconds + self._limits.connect_seconds) as source:
+        room = self._rooms[scheme_of(source_uri, self.schemes)].looks
+        async with room, self._timed(source_uri, self._limits.idle_seconds + self._limits.connect_seconds) as source:
             return await source.look(source_uri, self._rights(source_uri, credentials))
 
     async def fetch(self, source_uri: str, revision: str, credentials: Credentials = NO_CREDENTIALS) -> AdapterFiles:
         """See Source.fetch. Waiting for other readers of the source does not count as time."""
-        room = self._rooms[scheme_of(source_uri, self.schemes)]
+        room = self._rooms[scheme_of(source_uri, self.schemes)].reads
         async with room, self._timed(source_uri, self._limits.total_seconds) as source:
             return await source.fetch(source_uri, revision, self._rights(source_uri, credentials))
 

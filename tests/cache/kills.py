@@ -149,8 +149,13 @@ class World:
 
         await until(list_all, kept, "a confirmed adapter is lost, or another than was confirmed")
         await until(list_all, lambda: on_device(adapters) == self.truth(adapters), "a device's entry is not true")
-        on_disk = await asyncio.to_thread(check_files, self.folder / "data" / "artifacts")
-        assert on_disk >= {each.digest for each in adapters.values()}, "an artifact is lost"
+
+        def all_on_disk() -> bool:
+            on_disk = check_files(self.folder / "data" / "artifacts")
+            return on_disk >= {each.digest for each in adapters.values()}
+
+        # More than once: a registry that is read again just now may point to other versions than were listed.
+        await until(list_all, all_on_disk, "an artifact is lost")
         await asyncio.to_thread(check_files, Path(f"{self.folder}/data-host"))
         await until(None, self.leases_end, "a lease outlives its time")
         (self.folder / "pause").unlink()

@@ -244,7 +244,19 @@ def cluster() -> Iterator[str]:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="lpx") as folder:
         process = subprocess.Popen(
-            [binary_of("redis"), "--port", str(port), "--cluster-enabled", "yes", "--dir", folder, "--save", ""],
+            [
+                binary_of("redis"),
+                "--port",
+                str(port),
+                "--cluster-enabled",
+                "yes",
+                "--cluster-port",
+                str(free_port()),
+                "--dir",
+                folder,
+                "--save",
+                "",
+            ],
             stdout=subprocess.DEVNULL,
         )
         with redis.Redis(port=port) as client:
