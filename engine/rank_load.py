@@ -58,7 +58,7 @@ class Loader:
         """Starts to bring an artifact into its rows; returns, by projection, what to wait for before reading them.
 
         Args:
-            content: uint8 [size of the file], in host memory.
+            content: uint8, the numbers of the artifact's file, in host memory.
             to: by arena.
         """
         if self._stream is None:
@@ -154,12 +154,14 @@ class _Registered:
 
     def close(self) -> None:
         if self._content is not None and self.is_pinned:
-            _cuda.cudart().cudaHostUnregister(self._content.data_ptr())
+            _cuda.cudart().cudaHostUnregister(self._content.untyped_storage().data_ptr())
         self._content = None
 
     @staticmethod
     def _register(content: torch.Tensor) -> bool:
-        refused = int(_cuda.cudart().cudaHostRegister(content.data_ptr(), content.nbytes, _READ_ONLY))
+        # The whole mapping, which begins with a page.
+        memory = content.untyped_storage()
+        refused = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes(), _READ_ONLY))
         if refused:
             _log.warning("the driver cannot register mapped artifacts (error %d); they are copied once more", refused)
             # The runtime keeps an error until somebody asks, and a launch would take it for its own.

@@ -18,7 +18,7 @@ PIECE = 8
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a tensor lies: bytes `start` to `stop` of the file; and its rank."""
+    """Where a tensor lies: bytes `start` to `stop` of the numbers of a file; and its rank."""
 
     start: int
     stop: int
@@ -40,12 +40,29 @@ class Placing:
 
 @dataclass(slots=True)
 class Layer:
-    """One layer of an artifact: bytes `start` to `stop` of its file, what they become, and for which projections."""
+    """One layer of an artifact: bytes `start` to `stop` of its numbers, what they become, and for which projections."""
 
     start: int = 0
     stop: int = 0
     placings: list[Placing] = field(default_factory=list)
     projections: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How artifacts of one shape are brought to the device.
+
+    Attributes:
+        ranks: by kind and target.
+        offsets: by kind, where its block begins among the rows of its arena.
+        rows: by arena, how many.
+        layers: in the order the model computes them.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    rows: tuple[int, ...]
+    layers: tuple[Layer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +80,12 @@ class Layout:
     arena_of: Sequence[int]
     width: int
     itemsize: int
+
+    def plan(self, extents: Mapping[str, Extent]) -> Plan:
+        """For artifacts whose tensors are at these places, all of which fit the base."""
+        ranks = self.ranks_of(extents)
+        offsets, rows = tuple(self.offsets(ranks)), tuple(self.rows_of(ranks))
+        return Plan(ranks, offsets, rows, tuple(self.layers_of(extents)))
 
     def rows_of(self, ranks: Sequence[Sequence[int]]) -> list[int]:
         """By arena, the rows of an adapter with these ranks by kind and target."""

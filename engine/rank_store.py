@@ -13,101 +13,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.errors import DeviceFull, RowsFull
-from engine.kernels.lora import launch
 from engine.kernels.lora.form import Form, table_for
-from engine.lora import DeviceAdapter, DeviceSegment, Projection
-from engine.rank_layout import Kind, kinds_of, row_width
-from engine.rank_load import Destination, Loader, has_passed
-from engine.rank_pieces import Extent, Layout
+from engine.lora import DeviceSegment
+from engine.projection import Projection
+from engine.rank_layout import kinds_of, row_width
+from engine.rank_load import Destination, Loader
+from engine.rank_pieces import Extent, Layout, Plan
 from engine.rank_rows import RowPool, Rows, RowTable
-from engine.rank_work import SHRINK_ITEM, Block, Bucket, Span, bucket_of, expand_item, items_of
-
-
-@dataclass(eq=False)
-class Arena:
-    """Rows of all kinds with the same number of layers.
-
-    Attributes:
-        tensor: [layers, rows, width].
-        table: int32 [rows], lists of scattered rows.
-    """
-
-    tensor: torch.Tensor
-    table: torch.Tensor
-    pool: RowPool
-    lists: RowTable
-
-
-@dataclass(frozen=True, eq=False)
-class RankedAdapter(DeviceAdapter):
-    """An adapter whose tensors are rows of a store.
-
-    Attributes:
-        rows: by arena; None where it has none.
-        ranks: by kind and target.
-        offsets: by kind, where its block begins among the rows.
-        arrivals: by projection, what a stream waits for before it reads the projection's rows; empty once all are there.
-    """
-
-    store: RankStore = field(kw_only=True)
-    rows: tuple[Rows | None, ...] = field(kw_only=True)
-    ranks: tuple[tuple[int, ...], ...] = field(kw_only=True)
-    offsets: tuple[int, ...] = field(kw_only=True)
-    arrivals: dict[int, torch.cuda.Event] = field(kw_only=True)
-
-    @property
-    def is_coming(self) -> bool:
-        """Whether some of its layers may not be there yet."""
-        if self.arrivals and all(map(has_passed, self.arrivals.values())):
-            self.arrivals.clear()
-        return bool(self.arrivals)
-
-    def release(self) -> None:
-        self.store.release(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Launches of one kind in one step."""
-
-    kind: Kind
-    arena: Arena
-    shrink: torch.Tensor
-    expand: torch.Tensor
-    z: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """What the segments of a step add: two launches for each projection that any of them touches.
-
-    Attributes:
-        works: by kind; None where no adapter of the step has any rank.
-        kinds: by projection, its kind and its layer among those of the kind.
-        coming: adapters of which some layers may still be on their way.
-    """
-
-    form: Form
-    works: tuple[_Work | None, ...]
-    kinds: tuple[tuple[int, int], ...]
-    coming: tuple[RankedAdapter, ...]
-
-    def add(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        kind, layer = self.kinds[number]
-        work = self.works[kind]
-        if work is None:
-            return
-        for adapter in self.coming:
-            if number in adapter.arrivals:
-                torch.cuda.current_stream().wait_event(adapter.arrivals[number])
-        rows, table = work.arena.tensor[layer], work.arena.table
-        launch.shrink(x, rows, table, work.shrink, work.z, self.form)
-        launch.expand(work.z, rows, table, work.expand, y, work.kind.columns, self.form)
+from engine.rank_step import Arena, RankedAdapter, RankStep, Work
+from engine.rank_work import SHRINK_ITEM, Block, Bucket, Ints, Span, bucket_of, expand_item, items_of
 
 
 @dataclass(slots=True)
@@ -115,7 +35,7 @@ class _Buffers:
     """Memory of a bucket, and what was written to it last."""
 
     items: torch.Tensor
-    works: tuple[_Work | None, ...]
+    works: tuple[Work | None, ...]
     written: object = None
 
 
@@ -152,42 +72,44 @@ class RankStore:
         self._planes: dict[int, torch.Tensor] = {}
         self._last: tuple[object, Bucket] | None = None
 
-    def load(self, digest: str, content: torch.Tensor, extents: Mapping[str, Extent]) -> RankedAdapter:
+    def plan(self, extents: Mapping[str, Extent]) -> Plan:
+        """How artifacts whose tensors are at these places are loaded; all of them must fit the base."""
+        return self.layout.plan(extents)
+
+    def load(self, digest: str, numbers: torch.Tensor, plan: Plan) -> RankedAdapter:
         """Takes rows for an adapter and starts to fill them.
 
         Raises DeviceFull, with nothing changed, when too few rows are free.
 
         Args:
-            content: uint8, the artifact's file; read until the last arrival.
-            extents: where each of its tensors is in it; all fit the base.
+            numbers: uint8, the artifact's file behind its header; read until the last arrival.
+            plan: for artifacts of this shape.
         """
-        ranks = self.layout.ranks_of(extents)
-        rows = self._allot(ranks)
+        rows = self._allot(plan.rows)
         to = [Destination(arena.tensor, held) if held else None for arena, held in zip(self.arenas, rows, strict=True)]
         try:
-            arrivals = self._loader.fill(content, self.layout.layers_of(extents), to)
+            arrivals = self._loader.fill(numbers, plan.layers, to)
         except BaseException:
             self._give_back(rows)
             raise
-        size = sum(held.count * each for held, each in zip(rows, self.row_bytes, strict=True) if held)
-        offsets = tuple(self.layout.offsets(ranks))
-        return RankedAdapter(digest, (), size, store=self, rows=rows, ranks=ranks, offsets=offsets, arrivals=arrivals)
-
-    def release(self, adapter: RankedAdapter) -> None:
-        """Frees the rows of an adapter that no later step will use; steps that were launched may still read them."""
-        self._give_back(adapter.rows)
+        return RankedAdapter(
+            digest, (), sum(count * each for count, each in zip(plan.rows, self.row_bytes, strict=True)),
+            give_back=self._give_back, rows=rows, ranks=plan.ranks, totals=tuple(map(sum, plan.ranks)), offsets=plan.offsets,
+            arrivals=arrivals,
+        )  # fmt: skip
 
     def arrange(self, segments: Sequence[DeviceSegment]) -> list[RankStep]:
         """How these segments of a step are computed: nothing for none."""
-        touching = [segment for segment in segments if any(map(any, _ranked(segment).ranks))]
+        touching = [segment for segment in segments if any(_ranked(segment).totals)]
         return [self.prepare(touching, self.bucket(touching))] if touching else []
 
     def bucket(self, segments: Sequence[DeviceSegment]) -> Bucket:
         """The bucket of a step with at least one segment. Its rows may be anywhere."""
         identity = _identity(segments)
         if self._last is None or self._last[0] != identity:
-            spans = [self._span(segment, listed=False) for segment in segments]
-            self._last = (identity, bucket_of(spans, self.kinds, self._table))
+            tokens = [segment.stop - segment.start for segment in segments]
+            totals = [_ranked(segment).totals for segment in segments]
+            self._last = (identity, bucket_of(tokens, totals, self.kinds, self._table))
         return self._last[1]
 
     def prepare(self, segments: Sequence[DeviceSegment], bucket: Bucket) -> RankStep:
@@ -204,13 +126,10 @@ class RankStore:
         wanted = (_identity(segments), tuple(arena.lists.epoch for arena in self.arenas))
         if buffers.written != wanted:
             buffers.written = None  # should the upload fail
-            spans = [self._span(segment, listed=True) for segment in segments]
-            flat: list[int] = []
-            for number, kind in enumerate(self.kinds):
-                if bucket.touched[number]:
-                    for items in items_of(number, kind, spans, self.width, bucket):
-                        flat += items
-            self._upload(flat, buffers.items)
+            spans = [Span(segment.start, segment.stop, self._blocks(_ranked(segment))) for segment in segments]
+            touched = [(number, kind) for number, kind in enumerate(self.kinds) if bucket.touched[number]]
+            items = [part for number, kind in touched for part in items_of(number, kind, spans, bucket)]
+            self._upload(np.concatenate([part.reshape(-1) for part in items]), buffers.items)
             buffers.written = wanted
         coming = tuple(adapter for adapter in adapters if adapter.is_coming)
         return RankStep(bucket.form, buffers.works, self._places, coming)
@@ -229,11 +148,11 @@ class RankStore:
         """Memory of the rows that are free."""
         return sum(arena.pool.free_count * each for arena, each in zip(self.arenas, self.row_bytes, strict=True))
 
-    def _allot(self, ranks: Sequence[Sequence[int]]) -> tuple[Rows | None, ...]:
+    def _allot(self, counts: Sequence[int]) -> tuple[Rows | None, ...]:
         taken: list[Rows | None] = []
         with self._lock:
             try:
-                for arena, count in zip(self.arenas, self.layout.rows_of(ranks), strict=True):
+                for arena, count in zip(self.arenas, counts, strict=True):
                     taken.append(arena.pool.allot(count) if count else None)
             except RowsFull as error:
                 for arena, rows in zip(self.arenas, taken, strict=False):
@@ -263,23 +182,26 @@ class RankStore:
         for number, arena in enumerate(self.arenas):
             scattered = [rows for adapter in adapters if (rows := adapter.rows[number]) and rows.is_scattered]
             for place, rows in arena.lists.place(scattered):
-                self._upload(rows.listed(), arena.table[place : place + rows.count])
+                self._upload(np.array(rows.listed(), dtype=np.int32), arena.table[place : place + rows.count])
 
-    def _span(self, segment: DeviceSegment, *, listed: bool) -> Span:
-        """Of a segment; without the places of its rows where they are not listed yet."""
-        adapter = _ranked(segment)
-        blocks: list[Block | None] = []
-        for number, (ranks, offset) in enumerate(zip(adapter.ranks, adapter.offsets, strict=True)):
-            arena = self.layout.arena_of[number]
-            rows = adapter.rows[arena]
-            if rows is None or not any(ranks):
-                blocks.append(None)
-                continue
-            start = rows.runs[0][0]
-            if rows.is_scattered:
-                start = self.arenas[arena].lists.start_of(rows) if listed else 0
-            blocks.append(Block(start + offset, rows.is_scattered, ranks))
-        return Span(segment.start, segment.stop, tuple(blocks))
+    def _blocks(self, adapter: RankedAdapter) -> tuple[Block | None, ...]:
+        """Of an adapter whose rows are listed, where they are scattered."""
+        starts = tuple(
+            (arena.lists.start_of(rows) if rows.is_scattered else rows.runs[0][0]) if rows else 0
+            for arena, rows in zip(self.arenas, adapter.rows, strict=True)
+        )
+        if starts not in adapter.blocks:
+            adapter.blocks.clear()
+            adapter.blocks[starts] = tuple(self._block(adapter, number, starts) for number in range(len(self.kinds)))
+        return adapter.blocks[starts]
+
+    def _block(self, adapter: RankedAdapter, number: int, starts: tuple[int, ...]) -> Block | None:
+        arena = self.layout.arena_of[number]
+        rows = adapter.rows[arena]
+        if rows is None or not adapter.totals[number]:
+            return None
+        start = starts[arena] + adapter.offsets[number]
+        return Block(self.kinds[number], self.width, start, rows.is_scattered, adapter.ranks[number])
 
     def _make_buffers(self, bucket: Bucket) -> _Buffers:
         sizes: list[int] = []
@@ -287,14 +209,14 @@ class RankStore:
             sizes += [bucket.shrink_items(kind) * SHRINK_ITEM, bucket.tiles * expand_item(kind)] if touched else [0, 0]
         items = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
         parts = torch.split(items, sizes)
-        works: list[_Work | None] = []
+        works: list[Work | None] = []
         for number, kind in enumerate(self.kinds):
             if not bucket.touched[number]:
                 works.append(None)
                 continue
             shrink, expand = parts[2 * number].view(-1, SHRINK_ITEM), parts[2 * number + 1].view(bucket.tiles, -1)
             arena = self.arenas[self.layout.arena_of[number]]
-            works.append(_Work(kind, arena, shrink, expand, self._z(bucket.form, len(shrink))))
+            works.append(Work(kind, arena, shrink, expand, self._z(bucket.form, len(shrink))))
         self._buffers[bucket] = _Buffers(items, tuple(works))
         return self._buffers[bucket]
 
@@ -307,8 +229,8 @@ class RankStore:
             self._planes[size] = torch.empty(size, dtype=torch.float32, device=self.device)
         return self._planes[size][:numbers].view(shape)
 
-    def _upload(self, numbers: list[int], to: torch.Tensor) -> None:
-        host = torch.tensor(numbers, dtype=torch.int32)
+    def _upload(self, numbers: Ints, to: torch.Tensor) -> None:
+        host = torch.from_numpy(numbers)
         to.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
 
 

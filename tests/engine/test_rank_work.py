@@ -29,29 +29,38 @@ Step = list[tuple[tuple[tuple[int, ...], tuple[int, ...], bool, int], int]]
 def spans_of(step: Step) -> list[Span]:
     spans, place = [], 1
     for (first, second, scattered, start), tokens in step:
-        blocks = tuple(Block(start, scattered, ranks) if any(ranks) else None for ranks in (first, second))
+        blocks = [
+            Block(kind, 16, start, scattered, ranks) if any(ranks) else None
+            for kind, ranks in zip(KINDS, (first, second), strict=True)
+        ]
         spans.append(Span(place, place + tokens, blocks))
         place += tokens + tokens % 2
     return spans
 
 
-def rows(items: list[int], size: int) -> list[list[int]]:
-    return [items[at : at + size] for at in range(0, len(items), size)]
+def bucket_for(spans: list[Span]) -> Bucket:
+    totals = [[block.total if block else 0 for block in span.blocks] for span in spans]
+    return bucket_of([span.stop - span.start for span in spans], totals, KINDS, TABLE)
+
+
+def parts_of(item: list[int]) -> list[list[int]]:
+    return [item[at : at + 4] for at in range(4, len(item), 4)]
 
 
 @settings(max_examples=120, deadline=None)
 @given(steps)
 def test_items_cover_every_token_and_rank_once_and_agree(step: Step) -> None:
     spans = spans_of(step)
-    bucket = bucket_of(spans, KINDS, TABLE)
+    bucket = bucket_for(spans)
     form = bucket.form
     assert fits(bucket, bucket)
     for number, kind in enumerate(KINDS):
         if not bucket.touched[number]:
             assert all(span.blocks[number] is None for span in spans)
             continue
-        shrink, expand = items_of(number, kind, spans, 16, bucket)
-        shrinks, expands = rows(shrink, SHRINK_ITEM), rows(expand, expand_item(kind))
+        shrinks, expands = (items.tolist() for items in items_of(number, kind, spans, bucket))
+        assert all(len(item) == SHRINK_ITEM for item in shrinks)
+        assert all(len(item) == expand_item(kind) for item in expands)
         assert len(shrinks) == bucket.shrink_items(kind) and len(expands) == bucket.tiles
         shrunk = Counter(
             (token + t, rank + r)
@@ -68,8 +77,9 @@ def test_items_cover_every_token_and_rank_once_and_agree(step: Step) -> None:
         )
         assert shrunk == wanted
         expanded: Counter[tuple[int, int]] = Counter()
-        for token, tokens, z_item, _scattered, *parts in expands:
-            for rank, ranks, _start, _ in rows(parts, 4) if tokens else []:
+        for item in expands:
+            token, tokens, z_item, _scattered = item[:4]
+            for rank, ranks, _start, _ in parts_of(item) if tokens else []:
                 for r in range(rank, rank + ranks):
                     # Its part of z is that of the same tokens and ranks.
                     source = shrinks[z_item + r // form.rank_tile]
@@ -83,7 +93,7 @@ def test_items_cover_every_token_and_rank_once_and_agree(step: Step) -> None:
 @given(steps)
 def test_a_bucket_is_hardly_larger_than_what_is_in_it(step: Step) -> None:
     spans = spans_of(step)
-    bucket = bucket_of(spans, KINDS, TABLE)
+    bucket = bucket_for(spans)
     if any(bucket.touched):
         used = max(
             sum(-(-(span.stop - span.start) // bucket.form.token_tile) for span in spans if span.blocks[number])

@@ -101,7 +101,7 @@ def shrink_gemm(
     tl.store(z + (plane * TOKENS + t[:, None]) * RANKS + r[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["z_items"])
 def expand_gemv(
     z, arena, table, items, y, y_stride, z_items,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, Z_RANKS: tl.constexpr,
@@ -138,7 +138,7 @@ def expand_gemv(
     tl.store(out, (base.to(tl.float32) + tl.sum(acc, axis=0)).to(base.dtype), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["z_items"])
 def expand_gemm(
     z, arena, table, items, y, y_stride, z_items,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, Z_RANKS: tl.constexpr,
@@ -205,7 +205,7 @@ def _target(number, COLUMNS: tl.constexpr, TILE: tl.constexpr):
     return target, tile, first, width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "scattered"])
 def place_rows(
     source, arena, table, pieces, start, scattered,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,

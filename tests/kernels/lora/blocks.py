@@ -9,7 +9,7 @@ import torch
 from engine.kernels.lora.form import Form
 from engine.rank_layout import Kind, chunks
 from engine.rank_rows import RowPool, Rows
-from engine.rank_work import SHRINK_ITEM, Block, Bucket, Span, items_of, rounded
+from engine.rank_work import Block, Bucket, Span, items_of, rounded
 
 NAN = float("nan")
 
@@ -43,8 +43,8 @@ def lay_out(kind: Kind, ranks: list[tuple[int, ...]], width: int, dtype: torch.d
     pool = RowPool(2 * sum(counts) + 2)
     # Rows 0, 2, 4, … of a part are taken, so that those between them are all apart.
     single = [pool.allot(1) for _ in range(2 * sum(counts[1::2]) + 2)]
-    for rows in single[1::2]:
-        pool.release(rows)
+    for one in single[1::2]:
+        pool.release(one)
     rows = torch.full((pool.total, width), NAN).to(dtype)
     table = torch.full((pool.total,), pool.total - 1, dtype=torch.int32)
     laid = Laid(kind, rows, table, [], [])
@@ -59,7 +59,7 @@ def lay_out(kind: Kind, ranks: list[tuple[int, ...]], width: int, dtype: torch.d
             start = listed
             table[listed : listed + count] = torch.tensor(physical, dtype=torch.int32)
             listed += count
-        laid.blocks.append(Block(start, held.is_scattered, its))
+        laid.blocks.append(Block(kind, width, start, held.is_scattered, its))
         laid.pairs.append(_fill(laid, its, physical, generator))
     return laid
 
@@ -112,12 +112,9 @@ def items_for(laid: Laid, spans: list[tuple[int, int, int]], form: Form) -> Item
     ranks = max(sum(block.ranks) for block in laid.blocks)
     shrinks = tiles * -(-ranks // form.rank_tile)
     bucket = Bucket(form, tiles + 2, rounded(shrinks) + 2, (True,))
-    shrink, expand = items_of(0, laid.kind, given, laid.rows.shape[1], bucket)
-    live = sum(1 for tokens in shrink[1::SHRINK_ITEM] if tokens)
-    shrink = shrink[: (live + 2) * SHRINK_ITEM]
-    items = torch.tensor(shrink, dtype=torch.int32).view(-1, SHRINK_ITEM)
-    z = torch.full((form.splits, len(items), form.token_tile, form.rank_tile), NAN)
-    return Items(items, torch.tensor(expand, dtype=torch.int32).view(bucket.tiles, -1), z)
+    shrink, expand = (torch.from_numpy(items) for items in items_of(0, laid.kind, given, bucket))
+    shrink = shrink[: int((shrink[:, 1] > 0).sum()) + 2]
+    return Items(shrink, expand, torch.full((form.splits, len(shrink), form.token_tile, form.rank_tile), NAN))
 
 
 def added(laid: Laid, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from engine.kernels.lora import launch, reference
 from engine.lora import DeviceAdapter, DeviceSegment
 from engine.model import Base
 from engine.rank_reader import RankReader
-from engine.rank_store import RankedAdapter, RankStore
+from engine.rank_step import RankedAdapter
+from engine.rank_store import RankStore
 from engine.runner import Runner
 from engine.scheduler import Row
 from engine.sequence import Sequence
@@ -39,8 +41,9 @@ def read(base: Base, store: RankStore, adapter: TinyAdapter) -> RankedAdapter:
     return held
 
 
-def logits(base: Base, prompts: list[tuple[list[int], DeviceAdapter | None]]) -> list[torch.Tensor]:
+def logits(base: Base, prompts: Iterable[tuple[list[int], DeviceAdapter | None]]) -> list[torch.Tensor]:
     """Of the last token of each prompt, all in one step."""
+    prompts = list(prompts)
     sequences, block = [], 1
     for number, (prompt, adapter) in enumerate(prompts):
         digest = adapter.digest if adapter else ""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine.errors import BadArtifact, DeviceFull, StaleRows
 from engine.lora import DeviceSegment
 from engine.messages import Evict, Evicted, Install, Loaded, LoadFailed
-from engine.rank_store import RankedAdapter
+from engine.rank_step import RankedAdapter
 from tests.engine.harness import InProcess, request
 from tests.engine.tiny import Oracle, TinyAdapter, four_adapters, make_adapter, make_model, write_artifact
 from tests.kernels.lora.served import logits, read, torch_kernels, with_rows
@@ -153,7 +153,12 @@ def test_the_same_step_again_uploads_nothing_and_a_larger_bucket_changes_nothing
     held = [read(base, store, make_adapter(folder("llama"), tmp_path, f"a{rank}", rank, ALL)) for rank in (3, 6)]
     uploads: list[int] = []
     upload = store._upload
-    monkeypatch.setattr(store, "_upload", lambda numbers, to: (uploads.append(len(numbers)), upload(numbers, to)))
+
+    def counted(numbers: Any, to: torch.Tensor) -> None:
+        uploads.append(len(numbers))
+        upload(numbers, to)
+
+    monkeypatch.setattr(store, "_upload", counted)
     segments = [DeviceSegment(0, 1, held[0]), DeviceSegment(1, 3, held[1])]
     (first,) = store.arrange(segments)
     (again,) = store.arrange(list(segments))
