@@ -91,7 +91,8 @@ def exact_shape(batch: Batch, m: int) -> Shape:
         len(batch.sampled_tokens) + len(batch.scored_tokens),
         splits_for(max((single.length for single in batch.singles), default=1)),
         len(batch.chunks),
-        max((len(chunk.blocks) for chunk in batch.chunks), default=0),
+        # A multiple of 16, or kernels would be compiled anew for strides that are none.
+        -(-max((len(chunk.blocks) for chunk in batch.chunks), default=0) // 16) * 16,
         len(tiles_of([chunk.stop - chunk.start for chunk in batch.chunks], m)),
     )
 

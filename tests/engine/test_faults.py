@@ -26,6 +26,7 @@ class FaultyRunner:
 
     def __init__(self, runner: Runs) -> None:
         self._runner = runner
+        self.pool, self.adapters = runner.pool, runner.adapters
         self.fault: Fault = lambda batch: None
         self.passes = 0
 

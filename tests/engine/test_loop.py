@@ -103,6 +103,7 @@ class Culprit:
 
     def __init__(self, runner: Runs, how: str) -> None:
         self._runner = runner
+        self.pool, self.adapters = runner.pool, runner.adapters
         self._how = how
 
     def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:

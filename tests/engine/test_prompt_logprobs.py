@@ -43,6 +43,9 @@ class WatchingRunner:
     runner: Runs
     most: int = 0
 
+    def __post_init__(self) -> None:
+        self.pool, self.adapters = self.runner.pool, self.runner.adapters
+
     def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
         logits = self.runner.run(batch, segments)
         self.most = max(self.most, len(logits))
