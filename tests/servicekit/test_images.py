@@ -42,7 +42,7 @@ def test_the_router_needs_no_torch_and_no_rust_extension() -> None:
         return {re.split(r"[>=<]", line)[0] for line in lines}
 
     assert {"grpcio", "uvloop"} <= requirements()
-    assert not requirements() & {"torch", "transformers", "safetensors", "numpy", "redis", "loraplex"}
+    assert not requirements() & {"torch", "transformers", "safetensors", "numpy", "loraplex"}
     assert {"torch", "transformers"} <= requirements("engine")
     assert "redis" in requirements("cache")
     assert "triton" in requirements("engine", "kernels")
