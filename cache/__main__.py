@@ -63,7 +63,7 @@ async def main() -> None:
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
-    tiers = (manager.shelf.disk, manager.shelf.host)
+    tiers = (manager.holdings.disk, manager.holdings.host)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
     manager.link.address = settings.advertised()
     serve_metrics(settings.metrics_listen)

@@ -66,7 +66,8 @@ class Adapters:
         # Asked before the work is done: a registry that was just lost shows here.
         await self._link.registry.read(asked.adapter_id)
         revision = await self._manager.builder.source.look(asked.source_uri, credentials)
-        asked = replace(asked, source_revision=revision, base_digest=base.digest)
+        restorable = credentials == NO_CREDENTIALS
+        asked = replace(asked, source_revision=revision, base_digest=base.digest, restorable=restorable)
         if not revision:
             return await self._read(asked, expected_digest, credentials, base)
         if (error := self._broken.error(_content_of(asked), time.monotonic())) is not None:

@@ -114,6 +114,11 @@ def build_artifact(files: AdapterFiles, base: BaseDescription) -> Artifact:
     )
 
 
+def digest_of(files: AdapterFiles, base: BaseDescription) -> str:
+    """The digest that an artifact of these files has. Raises MalformedAdapter or UnsupportedAdapter."""
+    return _digest(_read_tensors(files.weights), parse_peft_config(files.config), files.chat_template, base.digest)
+
+
 def _read_tensors(raw: bytes) -> dict[str, Array]:
     try:
         entries = deserialize(raw)

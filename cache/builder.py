@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from cache import metrics
-from cache.artifact import Artifact, BaseDescription, build_artifact
+from cache.artifact import Artifact, BaseDescription, build_artifact, digest_of
+from cache.errors import SourceChanged, SourceMoved
 from cache.sources import NO_CREDENTIALS, Credentials, Source
 from servicekit.errors import ServiceError
 from servicekit.tracing import context_from, end_span, start_span
 
 # An adapter is in memory as file, as tensors and packed while it is being built.
 BUILDS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What has to be known to make an artifact again: where its adapter came from, and the base.
+
+    Attributes:
+        restorable: it can be read without a caller's own rights, and validated against this base.
+    """
+
+    source_uri: str
+    base: BaseDescription
+    revision: str = ""
+    restorable: bool = False
 
 
 class Builder:
@@ -46,3 +62,19 @@ class Builder:
         )
         end_span(span)
         return artifact
+
+    async def confirm(self, digest: str, origin: Origin) -> None:
+        """Makes sure that a version could be read from its source again now. Where there are no revisions, it is read for that.
+
+        Raises SourceMoved or SourceChanged when there is another, and what Source.look and Source.fetch raise.
+        """
+        if origin.revision:
+            found = await self.source.look(origin.source_uri, NO_CREDENTIALS, origin.revision)
+            if found != origin.revision:
+                raise SourceMoved(origin.source_uri)
+            return
+        files = await self.source.fetch(origin.source_uri, "", NO_CREDENTIALS)
+        async with self._builds:
+            found = await asyncio.to_thread(digest_of, files, origin.base)
+        if found != digest:
+            raise SourceChanged(origin.source_uri, digest, found)

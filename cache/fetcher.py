@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cache import metrics
-from cache.artifact import BaseDescription
-from cache.builder import Builder
+from cache.builder import Builder, Origin
+from cache.disk_room import DiskRoom
 from cache.errors import SourceChanged
 from cache.flights import Flights
 from cache.neighbours import Neighbours
-from cache.tiers import ArtifactKey, FileTier
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What has to be known to make an artifact again: where its adapter came from, and the base."""
-
-    source_uri: str
-    base: BaseDescription
-    revision: str = ""
+from cache.tiers import ArtifactKey
 
 
 class Fetcher:
     """See the module."""
 
-    def __init__(self, builder: Builder, flights: Flights, neighbours: Neighbours, disk: FileTier) -> None:
-        self._builder, self._flights, self._neighbours, self._disk = builder, flights, neighbours, disk
+    def __init__(self, builder: Builder, flights: Flights, neighbours: Neighbours, room: DiskRoom) -> None:
+        self._builder, self._flights, self._neighbours, self._room = builder, flights, neighbours, room
 
     async def fetch(self, key: ArtifactKey, origin: Origin, traceparent: str) -> int:
         """Puts a version on disk; returns its bytes.
@@ -48,7 +38,7 @@ class Fetcher:
             if artifact.digest != key.digest:
                 raise SourceChanged(origin.source_uri, key.digest, artifact.digest)
             # Within the flight: whoever waits for it finds the artifact here.
-            return await asyncio.to_thread(self._disk.write, key, artifact.packed)
+            return await self._room.write(key, artifact.packed)
 
     async def _from_neighbour(self, key: ArtifactKey, everyone: bool) -> int | None:
         size = await self._neighbours.fetch(key, everyone)

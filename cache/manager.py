@@ -17,18 +17,21 @@ from typing import Any
 
 from cache import metrics
 from cache.artifact import BaseDescription
-from cache.builder import Builder
+from cache.builder import Builder, Origin
 from cache.costs import cost_to_device
+from cache.demand import Demand, demand_of
+from cache.disk_room import DiskRoom
 from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Expected, Load, Worth
 from cache.errors import AdapterTooLarge, BaseMismatch, EngineAttached, RankTooLarge, VersionNotFound
-from cache.fetcher import Fetcher, Origin
+from cache.fetcher import Fetcher
 from cache.flights import Flights
+from cache.holdings import ON_DISK, Holdings
 from cache.neighbours import Neighbours
 from cache.policies import POLICIES, Value
 from cache.registry import Registry
 from cache.registry_link import NodeReport, RegistryLink
 from cache.residency import DeviceMove, DevicePlace, Place
-from cache.shelf import ON_DISK, Shelf
+from cache.shelf import Shelf
 from cache.sources import Source
 from cache.tiers import ArtifactKey, FileTier
 from cache.view import View
@@ -48,7 +51,8 @@ class Manager:
     Attributes:
         view: the local view of the registry.
         link: what keeps it right.
-        shelf: the artifacts of this node.
+        holdings: the artifacts of this node.
+        shelf: what brings them up.
         engines: the engines attached, by id.
     """
 
@@ -68,11 +72,14 @@ class Manager:
         self.link = RegistryLink(registry, self.view, node_id, self._report, self._held, self.wake)
         self.builder = Builder(source)
         self.flights = Flights(registry, node_id)
-        fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, disk), disk)
-        self.shelf = Shelf(fetcher, disk, host, self._origin_of, self._announce)
+        self.holdings = Holdings(disk, host, self._announce)
+        # Of one mind about both tiers: it knows versions, not tiers.
+        self._policy = Value()
+        room = DiskRoom(self.holdings, self.builder, self._origin_of, self._demand, self._policy)
+        fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, room), room)
+        self.shelf = Shelf(self.holdings, room, fetcher, self._origin_of, self._announce)
         self.engines: dict[str, Engine] = {}
         self._device_policy, self._tenant_share = POLICIES[policy], tenant_share
-        self._host_policy = Value()
         self._protected: Counter[str] = Counter()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -83,7 +90,7 @@ class Manager:
     async def start(self) -> None:
         """Reads the registry and the tiers. Raises RegistryUnreachable."""
         await self.link.reconcile()
-        await self.shelf.open()
+        await self.holdings.find()
         for forever in (self._run(), self.link.keep_in_touch(), self.link.listen(), self.link.tell_moves()):
             self.spawn(forever)
 
@@ -110,7 +117,7 @@ class Manager:
                 now = time.monotonic()
                 for engine in self.engines.values():
                     self._advance(engine, now)
-                self.shelf.advance(self._needed_on_host(), self._host_policy)
+                self.shelf.advance(self._needed_on_host(), self._policy)
                 self._collect_garbage()
                 self._measure()
             except Exception:  # noqa: BLE001 - the loop must outlive a bug in one plan
@@ -146,23 +153,23 @@ class Manager:
                 return BaseMismatch(record.base_digest, engine.base.digest)
             if record.rank > engine.base.max_rank:
                 return RankTooLarge(record.adapter_id, record.rank, engine.base.max_rank)
-        if digest not in self.view.digests and self.shelf.place(engine.key(digest)) not in ON_DISK:
+        if digest not in self.view.digests and self.holdings.place(engine.key(digest)) not in ON_DISK:
             return VersionNotFound(digest)
         return self.shelf.failure(digest)
 
     def _load(self, engine: Engine, digest: str, traceparent: str, now: float) -> None:
         """Has an engine load an artifact, or has it brought to the host tier first."""
         key = engine.key(digest)
-        if self.shelf.place(key) is not Place.HOST:
+        if self.holdings.place(key) is not Place.HOST:
             self.shelf.wish(key, traceparent)
             return
-        size = self.shelf.size(key)
+        size = self.holdings.size(key)
         engine.move(digest, DeviceMove.LOAD, size, now)
         span = start_span("adapter.load", parent=context_from(traceparent))
         span.set_attributes({"loraplex.adapter_digest": digest, "loraplex.engine_id": engine.engine_id})
         engine.load_spans[digest] = span
-        engine.commands.put_nowait(Load(digest, str(self.shelf.host.path(key)), size, traceparent_of(span)))
-        self.shelf.touch(key)
+        engine.commands.put_nowait(Load(digest, str(self.holdings.host.path(key)), size, traceparent_of(span)))
+        self.holdings.touch(key)
         metrics.LOADS.inc()
 
     def _evict(self, engine: Engine, digest: str) -> None:
@@ -195,7 +202,7 @@ class Manager:
 
     def _measure(self) -> None:
         for place in (Place.DISK, Place.HOST):
-            metrics.RESIDENT.labels(place.value).set(self.shelf.count(place))
+            metrics.RESIDENT.labels(place.value).set(self.holdings.count(place))
         metrics.RESIDENT.labels("device").set(sum(len(engine.resident) for engine in self.engines.values()))
         metrics.REGISTERED.set(len(self.view.records))
         metrics.ENGINES.set(len(self.engines))
@@ -208,14 +215,21 @@ class Manager:
         self._wake.set()
 
     def _appraise(self, key: ArtifactKey) -> Worth:
-        size = self.shelf.size(key) or next((r.size_bytes for r in self.view.with_digest(key.digest)), 0)
-        return Worth(size, cost_to_device(self.shelf.place(key), size))
+        size = self.holdings.size(key) or next((r.size_bytes for r in self.view.with_digest(key.digest)), 0)
+        return Worth(size, cost_to_device(self.holdings.place(key), size))
 
     def _origin_of(self, digest: str) -> Origin | None:
-        records = self.view.with_digest(digest)
-        if not records or self.link.base is None:
+        records, base = self.view.with_digest(digest), self.link.base
+        if not records or base is None:
             return None
-        return Origin(records[0].source_uri, self.link.base, records[0].source_revision)
+        best = max(records, key=lambda record: record.restorable)
+        restorable = best.restorable and best.base_digest == base.digest
+        return Origin(best.source_uri, base, best.source_revision, restorable)
+
+    def _demand(self) -> Demand:
+        """What this node needs of its artifacts."""
+        pinned = {record.digest for record in self.view.records.values() if record.pinned}
+        return demand_of(self.engines.values(), pinned | self._protected.keys() | self.shelf.wished)
 
     # What engines say. An engine is the truth about its device: what it reports is taken over, whatever was expected.
 
@@ -317,11 +331,11 @@ class Manager:
         """All the digests that an engine's sequences use or wait for."""
         ended = engine.in_use - digests
         for digest in digests - engine.in_use:
-            self._host_policy.used(engine.key(digest).name, 0, 0.0)
+            self._policy.used(engine.key(digest).name, 0, 0.0)
         engine.use(digests, self._appraise, time.monotonic())
         self.link.used(digests)
         for digest in digests:
-            self.shelf.touch(engine.key(digest))
+            self.holdings.touch(engine.key(digest))
         if any(record.state == "draining" for digest in ended for record in self.view.with_digest(digest)):
             self.link.beat_soon()
         self._wake.set()
@@ -369,7 +383,7 @@ class Manager:
 
     def _residency_here(self, digest: str) -> list[tuple[str, str, Place | DevicePlace]]:
         here: list[tuple[str, str, Place | DevicePlace]] = []
-        here += [(self.node_id, "", place) for place in self.shelf.places(digest)]
+        here += [(self.node_id, "", place) for place in self.holdings.places(digest)]
         for engine in self.engines.values():
             if engine.place(digest) in (DevicePlace.DEVICE, DevicePlace.EVICTING):
                 here.append((self.node_id, engine.engine_id, DevicePlace.DEVICE))

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from cache.disk_room import DiskRoom
 from cache.errors import NeighbourFailed
 from cache.registry_link import RegistryLink
-from cache.tiers import ArtifactKey, FileTier
+from cache.tiers import ArtifactKey
 from loraplex.cache.v1 import artifact_pb2, artifact_pb2_grpc
 from servicekit.errors import Code, ServiceError, code_of
 from servicekit.status import from_rpc_error
@@ -24,8 +25,8 @@ IDLE_SECONDS = 10.0
 class Neighbours:
     """See the module. Called on the event loop; files are written in threads."""
 
-    def __init__(self, link: RegistryLink, disk: FileTier) -> None:
-        self._link, self._disk = link, disk
+    def __init__(self, link: RegistryLink, room: DiskRoom) -> None:
+        self._link, self._room = link, room
 
     async def fetch(self, key: ArtifactKey, everyone: bool) -> int | None:
         """Copies an artifact to the disk tier; returns its bytes, None when no neighbour has it.
@@ -54,7 +55,7 @@ class Neighbours:
             first = await anext(parts, None)
             if first is None or first.WhichOneof("part") != "header":
                 raise NeighbourFailed(node, "sent no header")
-            incoming = await asyncio.to_thread(self._disk.receive, key, first.header.size_bytes, first.header.sha256)
+            incoming = await self._room.receive(key, first.header.size_bytes, first.header.sha256)
             try:
                 async for part in parts:
                     await asyncio.to_thread(incoming.add, part.data)

@@ -130,6 +130,26 @@ def plan(
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
 
 
+def make_room(
+    residents: Sequence[Resident], size_bytes: int, soon: Sequence[str], free_bytes: int, policy: Policy
+) -> tuple[str, ...]:
+    """What to evict now for something of a size, in a tier that everything is brought to by someone who waits for it.
+
+    Args:
+        soon: digests that are needed soon, the soonest first; as far as they fit beside the newcomer they are the horizon.
+        free_bytes: what neither the residents take nor anything on its way.
+
+    Returns:
+        Digests that together make the room; none when there is room, or when all that may go would not make it.
+    """
+    here = {resident.digest: resident for resident in residents}
+    # A name that no digest has.
+    wanted = [Wanted("", size_bytes, urgent=True)]
+    wanted += [Wanted(digest, here[digest].size_bytes) for digest in soon if digest in here]
+    budget_bytes = free_bytes + sum(resident.size_bytes for resident in residents)
+    return plan(residents, wanted, budget_bytes, policy).evictions
+
+
 def _without_repeats(wanted: Sequence[Wanted]) -> list[Wanted]:
     first: dict[str, Wanted] = {}
     for want in wanted:
@@ -186,7 +206,7 @@ class _Room:
         may_go = [resident for resident in self._here.values() if not (resident.kept or resident.leaving)]
         unasked = list(policy.order(resident for resident in may_go if resident.digest not in asked))
         late = [self._here[want.digest] for want in reversed(self._needs) if want.digest in self._here]
-        late = [resident for resident in late if resident in may_go and resident.digest not in self._near]
+        late = [one for one in late if not (one.kept or one.leaving) and one.digest not in self._near]
         return _over_quota_first(unasked, self._here.values(), quota_bytes) + late
 
 

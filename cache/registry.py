@@ -37,6 +37,7 @@ class AdapterRecord:
         state: "active" or "draining".
         base_digest: the base it was validated against.
         source_revision: what its source said it was then; see Source.look.
+        restorable: it was read without rights of the caller's own, so that this server can read it again.
         stored: its text in Redis, by which a change makes sure that it replaces what it was made from.
     """
 
@@ -55,6 +56,7 @@ class AdapterRecord:
     state: str = "active"
     base_digest: str = ""
     source_revision: str = ""
+    restorable: bool = False
     stored: str = field(default="", compare=False, repr=False)
 
     def to_json(self) -> str:

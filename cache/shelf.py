@@ -1,7 +1,6 @@
-"""The artifacts of this node, on DISK and in the HOST tier: brought up once however many ask, given up when there is no room.
+"""Brings artifacts up to DISK and to the HOST tier: once however many ask, and waiting for room where there is none.
 
-Owned by the manager and called on its event loop; state changes only between awaits. Blocking file work goes to a thread,
-and every artifact's place follows the table in cache/residency.py.
+Owned by the manager and called on its event loop; state changes only between awaits. Blocking file work goes to a thread.
 """
 
 from __future__ import annotations
@@ -14,32 +13,24 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache import metrics
-from cache.artifact import TARGET_DTYPES, Artifact
+from cache.artifact import Artifact
+from cache.builder import Origin
 from cache.costs import TO_HOST
+from cache.disk_room import DiskRoom
 from cache.errors import AdapterTooLarge, ArtifactDamaged, TierFull, VersionNotFound
 from cache.failures import Failure, Failures
-from cache.fetcher import Fetcher, Origin
+from cache.fetcher import Fetcher
+from cache.holdings import ON_DISK, Holdings
 from cache.plan import Policy, Resident, Wanted, plan
-from cache.residency import Move, Place, moved
-from cache.tiers import ArtifactKey, FileTier
+from cache.residency import Move, Place
+from cache.tiers import ArtifactKey
 from servicekit.errors import Internal, ServiceError
 from servicekit.tracing import context_from, end_span, start_span
 
 _log = logging.getLogger(__name__)
 
-ON_DISK = frozenset({Place.DISK, Place.STAGING, Place.HOST})
 # The move a job begins with -> the moves it ends with: when it did what it should, and when it did not.
 _ENDS = {Move.FETCH: (Move.STORE, Move.FAIL), Move.STAGE: (Move.STAGED, Move.UNSTAGE)}
-
-
-@dataclass
-class Held:
-    """Where one artifact is on this node; one that was never heard of is REMOTE."""
-
-    place: Place
-    size_bytes: int = 0
-    last_used: float = 0.0
 
 
 @dataclass
@@ -66,32 +57,17 @@ class Shelf:
 
     def __init__(
         self,
+        holdings: Holdings,
+        room: DiskRoom,
         fetcher: Fetcher,
-        disk: FileTier,
-        host: FileTier,
         origin_of: Callable[[str], Origin | None],
         changed: Callable[[str], None],
     ) -> None:
-        self.disk, self.host = disk, host
-        self._fetcher, self._origin_of, self._changed = fetcher, origin_of, changed
-        self._held: dict[ArtifactKey, Held] = {}
+        self._holdings, self._room, self._fetcher = holdings, room, fetcher
+        self._origin_of, self._changed = origin_of, changed
         self._wishes: dict[ArtifactKey, Wish] = {}
         self._failures = Failures(random.random)
         self._jobs: dict[ArtifactKey, asyncio.Task[ServiceError | None]] = {}
-
-    async def open(self) -> None:
-        """Finds what an earlier process left in the tiers."""
-        on_disk = await asyncio.to_thread(self.disk.sizes)
-        on_host = await asyncio.to_thread(self.host.sizes)
-        for key, size in on_disk.items():
-            self._move(key, Move.FIND, size)
-        for key, size in on_host.items():
-            # Shared memory outlives the process that wrote it, and engines only read it; still, what is served is looked at.
-            if on_disk.get(key) != size or not await asyncio.to_thread(self.host.verify, key):
-                self.host.remove(key)
-                continue
-            self._move(key, Move.STAGE)
-            self._move(key, Move.STAGED)
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -99,31 +75,7 @@ class Shelf:
             job.cancel()
         await asyncio.gather(*self._jobs.values(), return_exceptions=True)
 
-    # What is where
-
-    def place(self, key: ArtifactKey) -> Place:
-        """Where an artifact is."""
-        held = self._held.get(key)
-        return held.place if held else Place.REMOTE
-
-    def places(self, digest: str) -> list[Place]:
-        """The tiers that hold a version in any number type."""
-        found = {self.place(ArtifactKey(digest, dtype)) for dtype in TARGET_DTYPES}
-        return [tier for tier, at in ((Place.DISK, ON_DISK), (Place.HOST, {Place.HOST})) if found & at]
-
-    def size(self, key: ArtifactKey) -> int:
-        """Bytes of an artifact; 0 when it is not here."""
-        held = self._held.get(key)
-        return held.size_bytes if held else 0
-
-    def count(self, place: Place) -> int:
-        """How many artifacts are in a place."""
-        return sum(held.place is place for held in self._held.values())
-
-    def touch(self, key: ArtifactKey) -> None:
-        """Notes that an artifact is being used."""
-        if key in self._held:
-            self._held[key].last_used = time.monotonic()
+    # What is wrong
 
     def failure(self, digest: str) -> ServiceError | None:
         """Why a version cannot be brought up now; None when it may be tried."""
@@ -144,24 +96,27 @@ class Shelf:
 
     # Bringing artifacts up
 
+    @property
+    def wished(self) -> set[str]:
+        """The versions that should come to the host tier."""
+        return {key.digest for key in self._wishes}
+
     async def store(self, artifact: Artifact, dtype: str) -> None:
         """Puts an artifact on disk, unless it is there. Raises TierFull or TierFailed."""
         key = ArtifactKey(artifact.digest, dtype)
-        while self.place(key) not in ON_DISK:
+        while self._holdings.place(key) not in ON_DISK:
             if key in self._jobs:
                 # Someone else's failure says nothing about this content.
                 await asyncio.shield(self._jobs[key])
                 continue
-            error = await asyncio.shield(
-                self._start(key, Move.FETCH, asyncio.to_thread(self.disk.write, key, artifact.packed))
-            )
+            error = await asyncio.shield(self._start(key, Move.FETCH, self._room.write(key, artifact.packed)))
             if error is not None:
                 raise error
         self.forgive(artifact.digest)
 
     async def bring_to_disk(self, key: ArtifactKey) -> None:
         """Returns when an artifact is on disk, or raises why it cannot be."""
-        if self.place(key) not in ON_DISK:
+        if self._holdings.place(key) not in ON_DISK:
             error = await asyncio.shield(self._jobs.get(key) or self._start_fetch(key, ""))
             if error is not None:
                 raise error
@@ -169,7 +124,7 @@ class Shelf:
     async def bring_to_host(self, key: ArtifactKey) -> None:
         """Returns when an artifact is in the host tier, or raises why it cannot be; does not wait for room."""
         self.forgive(key.digest)
-        if self.place(key) is not Place.HOST:
+        if self._holdings.place(key) is not Place.HOST:
             told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._wishes.setdefault(key, Wish("")).waiters.append(told)
             self._changed(key.digest)
@@ -177,23 +132,23 @@ class Shelf:
 
     def wish(self, key: ArtifactKey, traceparent: str) -> None:
         """Asks for an artifact to be in the host tier, as soon as there is room; nothing while it must not be tried."""
-        if self.place(key) is not Place.HOST and self.failure(key.digest) is None:
+        if self._holdings.place(key) is not Place.HOST and self.failure(key.digest) is None:
             self._wishes.setdefault(key, Wish(traceparent)).patient = True
 
     def advance(self, needed: Collection[ArtifactKey], policy: Policy) -> None:
         """Moves every wish a step on; never evicts from the host tier what is `needed` there or wished for."""
         for key, wish in list(self._wishes.items()):
-            if self.place(key) is Place.HOST:
+            if self._holdings.place(key) is Place.HOST:
                 self._end(key, None)
-            elif self.place(key) in (Place.REMOTE, Place.FAILED):
+            elif self._holdings.place(key) in (Place.REMOTE, Place.FAILED):
                 self._start_fetch(key, wish.traceparent)
-        names = {key.name: key for key in self._wishes if self.place(key) is Place.DISK}
+        names = {key.name: key for key in self._wishes if self._holdings.place(key) is Place.DISK}
         while names:
-            wanted = [Wanted(name, self.size(key), urgent=True) for name, key in names.items()]
-            decided = plan(self._residents(needed), wanted, self.host.budget_bytes, policy)
+            wanted = [Wanted(name, self._holdings.size(key), urgent=True) for name, key in names.items()]
+            decided = plan(self._residents(needed), wanted, self._holdings.host.budget_bytes, policy)
             for name in decided.hopeless:
                 key = names.pop(name)
-                error = AdapterTooLarge("host", self.size(key), self.host.budget_bytes)
+                error = AdapterTooLarge("host", self._holdings.size(key), self._holdings.host.budget_bytes)
                 self.fail(key.digest, error)
                 self._end(key, error)
                 self._changed(key.digest)
@@ -201,24 +156,18 @@ class Shelf:
                 key = names.pop(name)
                 self._start(key, Move.STAGE, self._stage(key, self._wishes[key].traceparent))
             for name in decided.evictions:
-                self._unstage(ArtifactKey.of(name))
+                self._holdings.unstage(ArtifactKey.of(name))
             if not decided.evictions:
                 break
-        if names and not self.count(Place.STAGING):
+        if names and not self._holdings.count(Place.STAGING):
             self._give_up_waiting(list(names.values()))
 
     def collect(self, alive: Set[str]) -> None:
         """Removes what no one points to any more."""
-        for key, held in list(self._held.items()):
-            if key.digest in alive or key in self._jobs or key in self._wishes:
-                continue
-            if held.place is Place.HOST:
-                self._unstage(key)
-            if held.place is Place.DISK:
-                self.disk.remove(key)
-                self._move(key, Move.DROP)
-            del self._held[key]
-            self._changed(key.digest)
+        for key in self._holdings.known():
+            if key.digest not in alive and key not in self._jobs and key not in self._wishes:
+                self._holdings.forget(key)
+                self._changed(key.digest)
         self._failures.keep_only(alive)
 
     # Jobs: at most one per artifact, each begins with one move and ends with another
@@ -226,7 +175,7 @@ class Shelf:
     def _start(
         self, key: ArtifactKey, begin: Move, work: Coroutine[Any, Any, int]
     ) -> asyncio.Task[ServiceError | None]:
-        self._move(key, begin)
+        self._holdings.move(key, begin)
         self._jobs[key] = job = asyncio.create_task(self._job(key, begin, work))
         return job
 
@@ -248,12 +197,12 @@ class Shelf:
         finally:
             del self._jobs[key]
         if error is None:
-            self._move(key, done, size)
+            self._holdings.move(key, done, size)
             if done is Move.STAGED:
                 self.forgive(key.digest)
         else:
             damaged = isinstance(error, ArtifactDamaged)
-            self._move(key, Move.FAIL if damaged else undone)
+            self._holdings.move(key, Move.FAIL if damaged else undone)
             if damaged and key.digest not in self._failures:
                 # Mended by fetching again, and that at once; the second time in a row it waits like any failure.
                 self._failures.note(key.digest, error, time.monotonic(), at_once=True)
@@ -272,21 +221,14 @@ class Shelf:
 
     async def _stage(self, key: ArtifactKey, traceparent: str) -> int:
         span = start_span("adapter.load host", parent=context_from(traceparent))
-        span.set_attributes({"loraplex.adapter_digest": key.digest, "loraplex.adapter_bytes": self.size(key)})
+        span.set_attributes({"loraplex.adapter_digest": key.digest, "loraplex.adapter_bytes": self._holdings.size(key)})
         try:
-            size = await asyncio.to_thread(self.host.copy_from, self.disk, key)
+            size = await asyncio.to_thread(self._holdings.host.copy_from, self._holdings.disk, key)
         except BaseException as error:
             end_span(span, error)
             raise
         end_span(span)
         return size
-
-    def _unstage(self, key: ArtifactKey) -> None:
-        """Gives the room of an artifact in the host tier back; an engine that has mapped it keeps its mapping."""
-        self.host.remove(key)
-        self._move(key, Move.UNSTAGE)
-        metrics.EVICTIONS.labels("host").inc()
-        self._changed(key.digest)
 
     def _end(self, key: ArtifactKey, error: ServiceError | None) -> None:
         """Ends a wish, fulfilled or not."""
@@ -297,10 +239,11 @@ class Shelf:
 
     def _give_up_waiting(self, keys: Iterable[ArtifactKey]) -> None:
         """Tells callers that there is no room, and nothing on its way that could make some; engines go on waiting."""
+        host = self._holdings.host
         for key in keys:
             wish = self._wishes[key]
             if wish.waiters:
-                self._end(key, TierFull(self.host.name, self.size(key), self.host.free_bytes))
+                self._end(key, TierFull(host.name, self._holdings.size(key), host.free_bytes))
                 if wish.patient:
                     self._wishes[key] = Wish(wish.traceparent, patient=True)
 
@@ -313,13 +256,5 @@ class Shelf:
                 kept=held.place is Place.STAGING or key in needed or key in self._wishes,
                 cost=TO_HOST.cost(held.size_bytes),
             )
-            for key, held in self._held.items()
-            if held.place in (Place.STAGING, Place.HOST)
+            for key, held in self._holdings.at((Place.STAGING, Place.HOST))
         ]
-
-    def _move(self, key: ArtifactKey, move: Move, size_bytes: int = 0) -> None:
-        held = self._held.setdefault(key, Held(Place.REMOTE))
-        held.place = moved(held.place, move)
-        held.size_bytes = size_bytes or held.size_bytes
-        if held.place is Place.HOST:
-            held.last_used = time.monotonic()

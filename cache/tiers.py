@@ -121,6 +121,17 @@ class FileTier:
             raise ArtifactDamaged(source.name, other.name) from None
         return size
 
+    def reserve(self, key: ArtifactKey, needed: int) -> None:
+        """Takes the room of an artifact that will be written now, so that writers together stay within the budget.
+
+        Writing it takes no more, and gives it back when it fails. Raises TierFull; takes nothing then.
+        """
+        with self._lock:
+            free = self.budget_bytes - sum(size for other, size in self._held.items() if other != key)
+            if needed > free:
+                raise TierFull(self.name, needed, max(0, free))
+            self._held[key] = needed
+
     def receive(self, key: ArtifactKey, size: int, checksum: str) -> Incoming:
         """Makes room for an artifact that comes in pieces; see Incoming. Raises TierFull or TierFailed."""
         room = ExitStack()
@@ -182,12 +193,8 @@ class FileTier:
 
     @contextmanager
     def _room_for(self, key: ArtifactKey, needed: int) -> Iterator[None]:
-        """Takes the room before the artifact is written, so that writers together stay within the budget."""
-        with self._lock:
-            free = self.budget_bytes - sum(self._held.values())
-            if needed > free:
-                raise TierFull(self.name, needed, max(0, free))
-            self._held[key] = needed
+        """Takes the room before the artifact is written; gives it back when that fails."""
+        self.reserve(key, needed)
         try:
             yield
         except BaseException:

@@ -30,7 +30,7 @@ class FileSource:
         self._limits = replace(limits or Limits(), weights_bytes=max_weights_bytes)
         self._threads = ThreadPoolExecutor(self._limits.at_once, thread_name_prefix="file-source")
 
-    async def look(self, source_uri: str, credentials: Credentials) -> str:
+    async def look(self, source_uri: str, credentials: Credentials, revision: str = "") -> str:
         """Nothing to ask: the roots are open to every caller, and a folder has no revision; see Source.look."""
         return ""
 

@@ -44,10 +44,10 @@ class HubSource:
         self._client = HttpClient(limits, networks, self._endpoint)
         self._threads = ThreadPoolExecutor(limits.at_once, thread_name_prefix="hub-source")
 
-    async def look(self, source_uri: str, credentials: Credentials) -> str:
+    async def look(self, source_uri: str, credentials: Credentials, revision: str = "") -> str:
         """See Source.look. The revision is a commit."""
-        repo, revision = _parse(source_uri)
-        info = await self._info(source_uri, repo, revision, credentials)
+        repo, named = _parse(source_uri)
+        info = await self._info(source_uri, repo, revision or named, credentials)
         commit = info.sha or ""
         if not _COMMIT.fullmatch(commit):
             raise SourceUnreachable(source_uri, "the hub names no commit")

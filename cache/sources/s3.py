@@ -41,7 +41,7 @@ class S3Source:
         self._client = HttpClient(limits, networks, endpoint)
         self._session: Session | None = None
 
-    async def look(self, source_uri: str, credentials: Credentials) -> str:
+    async def look(self, source_uri: str, credentials: Credentials, revision: str = "") -> str:
         """See Source.look."""
         file = await self._files(source_uri, credentials)
         names = self._limits.files

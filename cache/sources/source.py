@@ -83,10 +83,11 @@ class Source(Protocol):
         SourceUnreachable, SourceTooSlow: it did not deliver.
     """
 
-    async def look(self, source_uri: str, credentials: Credentials) -> str:
+    async def look(self, source_uri: str, credentials: Credentials, revision: str = "") -> str:
         """Makes sure that these credentials may read the adapter now; returns the revision it is at, "" if it has none.
 
-        Two adapters of one URI and one revision, not "", are the same bytes.
+        Two adapters of one URI and one revision, not "", are the same bytes. A source that keeps old revisions looks at the one
+        named, and returns it if it is there.
         """
         ...
 

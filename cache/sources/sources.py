@@ -49,11 +49,11 @@ class Sources:
         """What is served."""
         return tuple(self._served)
 
-    async def look(self, source_uri: str, credentials: Credentials = NO_CREDENTIALS) -> str:
+    async def look(self, source_uri: str, credentials: Credentials = NO_CREDENTIALS, revision: str = "") -> str:
         """See Source.look."""
         room = self._rooms[scheme_of(source_uri, self.schemes)].looks
         async with room, self._timed(source_uri, self._limits.idle_seconds + self._limits.connect_seconds) as source:
-            return await source.look(source_uri, self._rights(source_uri, credentials))
+            return await source.look(source_uri, self._rights(source_uri, credentials), revision)
 
     async def fetch(self, source_uri: str, revision: str, credentials: Credentials = NO_CREDENTIALS) -> AdapterFiles:
         """See Source.fetch. Waiting for other readers of the source does not count as time."""

@@ -24,7 +24,7 @@ class WebSource:
         self._downloads, self._limits = downloads, limits
         self._client = HttpClient(limits, networks)
 
-    async def look(self, source_uri: str, credentials: Credentials) -> str:
+    async def look(self, source_uri: str, credentials: Credentials, revision: str = "") -> str:
         """See Source.look."""
         folder = _folder(source_uri)
         return await remote.look(

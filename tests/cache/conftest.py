@@ -261,7 +261,7 @@ async def serve_cache(
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
     residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
-    tiers = (manager.shelf.disk, manager.shelf.host)
+    tiers = (manager.holdings.disk, manager.holdings.host)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
     await server.start("127.0.0.1:0", ["loraplex.v1.AdapterService"])
     manager.link.address = f"127.0.0.1:{server.port}"

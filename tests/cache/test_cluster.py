@@ -103,7 +103,7 @@ async def test_two_nodes_one_redis_one_registration_one_fetch(store: Store, tmp_
         await eventually(lambda: digest in first.resident and digest in second.resident)
         # The bytes came from the first node, not from the source.
         assert len(web.bodies(WEIGHTS)) == 1
-        files = [cache.manager.shelf.host.path(ArtifactKey(digest, "float32")) for cache in (one, two)]
+        files = [cache.manager.holdings.host.path(ArtifactKey(digest, "float32")) for cache in (one, two)]
         assert files[0] != files[1] and files[0].read_bytes() == files[1].read_bytes()
 
 

@@ -79,8 +79,8 @@ async def prefetch(cache: Cache, digest: str, engine_id: str = "engine-0") -> No
 
 async def lose_everywhere(cache: Cache, digest: str) -> None:
     key = ArtifactKey(digest, "float32")
-    cache.manager.shelf._unstage(key)
-    cache.manager.shelf.disk.path(key).unlink()
+    cache.manager.holdings.unstage(key)
+    cache.manager.holdings.disk.path(key).unlink()
 
 
 async def test_a_caller_who_goes_away_takes_nobodys_load_with_him(module_store: Store, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ async def test_a_caller_who_goes_away_takes_nobodys_load_with_him(module_store: 
 
 async def test_the_host_tier_keeps_its_budget_whatever_is_asked_at_once(module_store: Store, tmp_path: Path) -> None:
     async with served(module_store, tmp_path, host_bytes=5 * SIZE) as (cache, _, _slow):
-        folder, worst = cache.manager.shelf.host.folder, 0
+        folder, worst = cache.manager.holdings.host.folder, 0
         registering = asyncio.ensure_future(some(cache, 24))
         while not registering.done():
             worst = max(worst, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
@@ -120,15 +120,17 @@ async def test_the_host_tier_keeps_its_budget_whatever_is_asked_at_once(module_s
         assert pb.TIER_HOST in tiers((await cache.adapters.PreloadAdapter(again)).adapter)
 
 
-async def test_a_full_disk_refuses_the_next_one_and_nobody_else(module_store: Store, tmp_path: Path) -> None:
+async def test_a_disk_full_of_what_is_pinned_refuses_the_next_one_and_nobody_else(
+    module_store: Store, tmp_path: Path
+) -> None:
     async with served(module_store, tmp_path, disk_bytes=2 * SIZE) as (cache, engine, _):
-        digests = await some(cache, 2)
+        digests = await some(cache, 2, pinned=True)
         error = await refused(register(cache, "x", write_adapter(cache.root / "x", make_tensors(seed=9))))
         assert error.reason == "TIER_FULL" and error.metadata["tier"] == "disk"
         await engine.want(*digests)
         await eventually(lambda: engine.resident.keys() == set(digests))
         await cache.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter_id="a0"))
-        await eventually(lambda: len(cache.manager.shelf.disk.sizes()) == 1)
+        await eventually(lambda: len(cache.manager.holdings.disk.sizes()) == 1)
         assert await register(cache, "x", cache.root / "x")
 
 
@@ -136,7 +138,7 @@ async def test_an_adapter_larger_than_shared_memory_is_refused(module_store: Sto
     async with served(module_store, tmp_path, host_bytes=100) as (cache, _, _slow):
         error = await refused(register(cache))
         assert error.reason == "ADAPTER_TOO_LARGE" and error.metadata["tier"] == "host"
-        await eventually(lambda: not cache.manager.shelf.disk.sizes())
+        await eventually(lambda: not cache.manager.holdings.disk.sizes())
 
 
 async def test_look_ahead_pushes_out_no_look_ahead_but_a_waiting_sequence_does(
@@ -169,9 +171,9 @@ async def test_look_ahead_without_an_engine_goes_half_the_way(module_store: Stor
     async with served(module_store, tmp_path) as (cache, _, _slow):
         [digest] = await some(cache, 1)
         key = ArtifactKey(digest, "float32")
-        cache.manager.shelf._unstage(key)
+        cache.manager.holdings.unstage(key)
         await prefetch(cache, digest, "engine-that-is-not-there")
-        await eventually(lambda: cache.manager.shelf.place(key) is Place.HOST)
+        await eventually(lambda: cache.manager.holdings.place(key) is Place.HOST)
 
 
 async def test_a_sequence_that_went_away_wants_nothing(module_store: Store, tmp_path: Path) -> None:

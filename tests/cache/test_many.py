@@ -66,7 +66,7 @@ async def test_a_thousand_adapters_keep_every_budget_and_memory_flat(own_store: 
         grown = psutil.Process().memory_info().rss - before
         # The fake engine asserts its own budget with every load
         assert not engine.refusals and not engine.task.done()
-        held = sum(path.stat().st_size for path in cache.manager.shelf.host.folder.glob("*.safetensors"))
+        held = sum(path.stat().st_size for path in cache.manager.holdings.host.folder.glob("*.safetensors"))
         assert 0 < held <= 100 * SIZE
         assert len(engine.resident) <= HELD and len(engine.loads) > USED
         assert not device(cache).wants and device(cache).expected.keys() <= set(used)

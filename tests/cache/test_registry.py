@@ -269,7 +269,7 @@ async def test_files_of_the_host_tier_are_used_again_and_strays_removed(store: S
         engine = FakeEngine(cache.residency)
         await engine.attach()
         key = ArtifactKey((await register(cache)).digest, "float32")
-        path = cache.manager.shelf.host.path(key)
+        path = cache.manager.holdings.host.path(key)
         inode = path.stat().st_ino
         (path.parent / "stray").write_text("x")
         (path.parent / f"{'e' * 64}.float32.safetensors").write_text("half")

@@ -43,8 +43,8 @@ def other(cache: Cache, name: str, seed: int = 1) -> Path:
 def lose(cache: Cache, digest: str) -> None:
     """The file on disk is gone, and the host tier has given it up."""
     key = ArtifactKey(digest, "float32")
-    cache.manager.shelf._unstage(key)
-    cache.manager.shelf.disk.path(key).unlink()
+    cache.manager.holdings.unstage(key)
+    cache.manager.holdings.disk.path(key).unlink()
 
 
 def tiers(adapter: pb.Adapter) -> set[int]:
@@ -238,7 +238,7 @@ async def test_deletion_waits_for_running_sequences_unless_forced(cache: Cache, 
     assert (await refused(get(cache))).reason == "ADAPTER_NOT_FOUND"
     # Its bytes are given back everywhere
     await eventually(lambda: not engine.resident)
-    await eventually(lambda: not cache.manager.shelf.host.sizes() and not cache.manager.shelf.disk.sizes())
+    await eventually(lambda: not cache.manager.holdings.host.sizes() and not cache.manager.holdings.disk.sizes())
 
     digest = (await register(cache)).digest
     await engine.want(digest)
