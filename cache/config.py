@@ -26,7 +26,9 @@ class Settings:
     host_tier: str = setting("", "Folder of the host tier; empty is one in /dev/shm of this user and node.")
     node_id: str = setting("", "Name of this node; empty takes the host's name.")
     adapter_roots: tuple[str, ...] = setting((), "Folder that file:// sources may lie in; may be repeated.")
-    disk_mib: int = setting(16384, "Room for artifacts on disk.")
+    disk_mib: int = setting(
+        16384, "Room for artifacts on disk; when it is full, those go that their sources would give again."
+    )
     host_mib: int = setting(4096, "Room for artifacts in shared memory.")
     max_adapter_mib: int = setting(2048, "Largest adapter file to read.")
     policy: str = setting("value", f"How a device gives adapters up: {', '.join(POLICIES)}.")

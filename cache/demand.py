@@ -15,18 +15,20 @@ class Demand:
     """Digests that are needed.
 
     Attributes:
-        kept: used, waited for, pinned or on their way: never given up.
+        kept: used, waited for or pinned: never given up.
+        passing: on their way to somewhere, and kept until they are there.
         soon: what waits in the routers' queues, the longest first, then what devices hold, the last used first: a device gives
             things up all the time, and should find them near.
     """
 
     kept: Set[str]
+    passing: Set[str]
     soon: tuple[str, ...]
 
 
-def demand_of(engines: Iterable[Engine], others: Set[str]) -> Demand:
-    """What engines need, and `others` besides, which are kept."""
-    kept = set(others)
+def demand_of(engines: Iterable[Engine], pinned: Set[str], passing: Set[str]) -> Demand:
+    """What engines need, and others besides."""
+    kept = set(pinned)
     since: dict[str, float] = {}
     used: dict[str, float] = {}
     for engine in engines:
@@ -39,4 +41,4 @@ def demand_of(engines: Iterable[Engine], others: Set[str]) -> Demand:
                 kept.add(digest)
     waiting = sorted(since, key=lambda digest: since[digest])
     on_devices = sorted(used.keys() - since.keys(), key=lambda digest: (-used[digest], digest))
-    return Demand(frozenset(kept), (*waiting, *on_devices))
+    return Demand(frozenset(kept), passing - kept, (*waiting, *on_devices))

@@ -229,7 +229,7 @@ class Manager:
     def _demand(self) -> Demand:
         """What this node needs of its artifacts."""
         pinned = {record.digest for record in self.view.records.values() if record.pinned}
-        return demand_of(self.engines.values(), pinned | self._protected.keys() | self.shelf.wished)
+        return demand_of(self.engines.values(), pinned, self._protected.keys() | self.shelf.wished)
 
     # What engines say. An engine is the truth about its device: what it reports is taken over, whatever was expected.
 

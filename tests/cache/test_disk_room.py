@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 
 from cache import disk_room
 from cache.artifact import digest_of
+from cache.builder import Builder, Origin
+from cache.holdings import ON_DISK
 from cache.residency import Place
 from cache.sources import FileSource, Limits, Sources
 from cache.sources.download import Downloads
@@ -106,39 +110,39 @@ def on_disk(cache: Cache, digest: str) -> bool:
     return cache.manager.holdings.disk.path(ArtifactKey(digest, "float32")).exists()
 
 
+def watching(cache: Cache) -> tuple[asyncio.Task[None], list[int]]:
+    """Looks at the disk all the time; the most bytes of artifacts, finished or not, that were there without checksums."""
+    worst = [0]
+
+    def size_of(path: Path) -> int:
+        with suppress(FileNotFoundError):
+            return path.stat().st_size
+        return 0
+
+    def is_checksum(size: int) -> bool:
+        return size == 64
+
+    async def look() -> None:
+        while True:
+            sizes = [size_of(path) for path in cache.manager.holdings.disk.folder.iterdir()]
+            worst[0] = max(worst[0], sum(size for size in sizes if not is_checksum(size)))
+            await asyncio.sleep(0.001)
+
+    return asyncio.create_task(look()), worst
+
+
 async def test_more_adapters_than_fit_are_all_served_and_the_disk_keeps_its_quota(store: Store, tmp_path: Path) -> None:
     async with served(store, tmp_path, room=5) as (cache, engine):
-        worst = 0
-
-        async def look() -> None:
-            nonlocal worst
-            while True:
-                files = cache.manager.holdings.disk.folder.iterdir()
-                worst = max(worst, sum(size_of(path) for path in files if ".sha256" not in path.name))
-                await asyncio.sleep(0.001)
-
-        looking = asyncio.create_task(look())
+        looking, worst = watching(cache)
         digests = await some(cache, range(16))
         for digest in digests * 2:
             await use(engine, digest)
         looking.cancel()
-        assert not engine.refusals and worst == 5 * SIZE
+        assert not engine.refusals and worst[0] == 5 * SIZE
         # Everyone is told what is where
         listed = [await get(cache, f"a{n}") for n in range(16)]
         assert all((pb.TIER_DISK in tiers(adapter)) == on_disk(cache, adapter.digest) for adapter in listed)
         assert sum(on_disk(cache, digest) for digest in digests) == 5
-        # All at once, too, as many as the disk holds
-        again = digests[:4]
-        calls = [pb.PreloadAdapterRequest(adapter_id=f"a{n}", tier=pb.TIER_HOST) for n in range(4)]
-        await asyncio.gather(*(cache.adapters.PreloadAdapter(call, timeout=10) for call in calls))
-        assert all(on_disk(cache, digest) for digest in again)
-
-
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 async def test_what_is_pinned_in_use_or_of_a_callers_own_right_stays(store: Store, tmp_path: Path, web: Web) -> None:
@@ -226,3 +230,48 @@ async def test_what_is_shared_comes_back_by_whose_right_is_not_needed(store: Sto
         assert not on_disk(cache, digest)
         await use(engine, digest)
         assert cache.manager.holdings.place(ArtifactKey(digest, "float32")) is Place.HOST
+
+
+async def test_whatever_is_asked_at_once_the_quota_is_kept_and_everyone_is_served(store: Store, tmp_path: Path) -> None:
+    dice = random.Random(3)
+    async with served(store, tmp_path, room=6, device=3) as (cache, engine):
+        pinned = await some(cache, range(100, 102), pinned=True)
+        looking, worst = watching(cache)
+        digests = await some(cache, range(12))
+
+        async def preload(n: int) -> None:
+            tier = dice.choice((pb.TIER_DISK, pb.TIER_HOST))
+            await cache.adapters.PreloadAdapter(pb.PreloadAdapterRequest(adapter_id=f"a{n}", tier=tier), timeout=20)
+
+        for _ in range(30):
+            calls = [preload(n) for n in dice.sample(range(12), 6)]
+            calls += [register(cache, f"a{n}", folder_of(cache, n)) for n in dice.sample(range(12), 1)]
+            using = dice.choice(digests)
+            await engine.use(using)
+            await engine.want(using)
+            # Who finds no room waits for those who are on their way.
+            await asyncio.gather(*calls)
+            await engine.use()
+        looking.cancel()
+        assert not engine.refusals
+        assert worst[0] <= 6 * SIZE and all(on_disk(cache, digest) for digest in pinned)
+        assert cache.manager.holdings.disk.sizes().keys() == {key for key, _ in cache.manager.holdings.at(ON_DISK)}
+
+
+async def test_many_who_wait_for_room_do_not_wait_for_one_question_after_another(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirm = Builder.confirm
+
+    async def slowly(builder: Builder, digest: str, origin: Origin) -> None:
+        await asyncio.sleep(0.5)
+        await confirm(builder, digest, origin)
+
+    monkeypatch.setattr(Builder, "confirm", slowly)
+    async with served(store, tmp_path, room=8) as (cache, _):
+        await some(cache, range(16))
+        away = [n for n in range(16) if pb.TIER_DISK not in tiers(await get(cache, f"a{n}"))]
+        calls = [pb.PreloadAdapterRequest(adapter_id=f"a{n}", tier=pb.TIER_DISK) for n in away]
+        began = time.monotonic()
+        await asyncio.gather(*(cache.adapters.PreloadAdapter(call, timeout=20) for call in calls))
+        assert len(calls) == 8 and time.monotonic() - began < 8 * 0.5

@@ -88,6 +88,6 @@ def test_a_demand_is_what_all_engines_say() -> None:
     two.device = {"old": OnDevice(DevicePlace.DEVICE, 1, 5.0), "coming": OnDevice(DevicePlace.LOADING, 1, 4.0)}
     one.expected = {"second": Expected("", 9.0, since=3.0), "first": Expected("", 9.0, since=2.0)}
     two.expected = {"second": Expected("", 9.0, since=1.0), "old": Expected("", 9.0, since=4.0)}
-    demand = demand_of([one, two], {"pinned"})
-    assert demand.kept == {"wanted", "used", "coming", "pinned"}
+    demand = demand_of([one, two], {"pinned"}, {"pinned", "passing"})
+    assert demand.kept == {"wanted", "used", "coming", "pinned"} and demand.passing == {"passing"}
     assert demand.soon == ("second", "first", "old", "coming", "used")

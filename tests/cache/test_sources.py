@@ -309,6 +309,10 @@ async def test_a_repository_is_read_at_the_commit_it_was_looked_at(hub: Hub, ada
         hub.put_repo("acme/poet", write_adapter(tmp_path / "other"), "d" * 40)
         assert same(await sources.fetch("hf://acme/poet", COMMIT), adapter)
         assert await sources.look("hf://acme/poet") == "d" * 40
+        # Whether the commit is still there is another question.
+        assert await sources.look("hf://acme/poet", revision=COMMIT) == COMMIT
+        with pytest.raises(SourceNotFound):
+            await sources.look("hf://acme/poet", revision="e" * 40)
     assert any(asked.path.startswith("/cdn/") for asked in hub.asked)
 
 
