@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ async def test_whatever_is_asked_at_once_the_quota_is_kept_and_everyone_is_serve
             await cache.adapters.PreloadAdapter(pb.PreloadAdapterRequest(adapter_id=f"a{n}", tier=tier), timeout=20)
 
         for _ in range(30):
-            calls = [preload(n) for n in dice.sample(range(12), 6)]
+            calls: list[Coroutine[Any, Any, object]] = [preload(n) for n in dice.sample(range(12), 6)]
             calls += [register(cache, f"a{n}", folder_of(cache, n)) for n in dice.sample(range(12), 1)]
             using = dice.choice(digests)
             await engine.use(using)
