@@ -25,7 +25,7 @@ _ITEM, _PIECE = tl.constexpr(ITEM), tl.constexpr(PIECE)
 @triton.jit
 def _rows_at(table, start, logical, scattered, live):
     """Physical rows; of a scattered adapter from the table. A load without a live lane touches no memory."""
-    listed = tl.load(table + start + logical, mask=live & (scattered != 0), other=0)
+    listed = tl.load(table + start + logical, mask=live.to(tl.int32) * scattered != 0, other=0)
     return tl.where(scattered != 0, listed, start + logical).to(tl.int64)
 
 
