@@ -72,9 +72,14 @@ serve: $(VENV)/.ready ## start everything on port 50051 and stay up; ARGS go to 
 bench: $(VENV)/.ready ## load generator against a running server; ARGS go to `loraplex bench`
 	@$(BIN)/loraplex bench $(ARGS)
 
-gpu: $(VENV)/.ready ## kernel tests on this GPU, then the benchmark (bench/gpu); without one, a dry run of both
-	@$(BIN)/python -m pytest -q tests/kernels -m interpreted
-	@$(BIN)/python -m bench.gpu $(ARGS)
+# Needs no network where torch, triton and transformers are there: then it runs with them, without .venv.
+GPU_PYTHON = $(shell test -e $(VENV)/.ready || ! $(PYTHON) -c 'import torch, triton, transformers, pytest' 2>/dev/null \
+	&& echo $(BIN)/python || echo $(PYTHON))
+
+gpu: ## kernel tests on this GPU, then the benchmark (bench/gpu); without one, a dry run of both
+	@test $(GPU_PYTHON) = $(PYTHON) || $(MAKE) --no-print-directory setup
+	@$(GPU_PYTHON) -m pytest -q -c tests/kernels/pytest.ini --rootdir=. --confcutdir=tests/kernels tests/kernels -m interpreted
+	@$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 compose-test: $(VENV)/.ready ## build the images, bring the stack up, stream a request, find its trace, take it down
 	@tests/compose/run.sh

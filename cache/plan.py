@@ -121,11 +121,12 @@ def plan(
         if want.size_bytes > budget_bytes:
             hopeless.append(want.digest)
             continue
-        if want.digest in near and ahead <= eager and room.take(want.size_bytes):
+        is_due = want.digest in near and (want.urgent or ahead <= eager)
+        if is_due and room.take(want.size_bytes):
             loads.append(want.digest)
             continue
         waiting.append(want.digest)
-        if want.digest in near and ahead <= eager:
+        if is_due:
             room.make(want.size_bytes, policy, budget_bytes * tenant_share)
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
 
