@@ -97,7 +97,7 @@ class Adapters:
         with self._manager.protected(artifact.digest):
             await self._shelf.store(artifact, base.dtype)
             await self._shelf.bring_to_host(ArtifactKey(artifact.digest, base.dtype))
-            return await self._point(_described(asked, artifact), base)
+            return await asyncio.shield(self._point(_described(asked, artifact), base))
 
     async def _known(self, asked: AdapterRecord, base: BaseDescription, waited: bool) -> AdapterRecord | None:
         """An adapter that was read from the same source at the same revision, on any node, and is to be had."""
@@ -121,10 +121,17 @@ class Adapters:
         with self._manager.protected(known.digest):
             await self._shelf.bring_to_host(ArtifactKey(known.digest, base.dtype))
             facts = {name: getattr(known, name) for name in FACTS}
-            return await self._point(replace(asked, **facts), base)
+            return await asyncio.shield(self._point(replace(asked, **facts), base))
 
     async def _point(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord:
-        """Makes a version the one that an id answers with."""
+        """Makes a version the one that an id answers with.
+
+        Goes on when the caller has gone: the record may be written already, and its artifact must not be collected meanwhile.
+        """
+        with self._manager.protected(asked.digest):
+            return await self._write(asked, base)
+
+    async def _write(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord:
         while True:
             if self._link.base is None or self._link.base.digest != base.digest:
                 # The base was replaced while the adapter was validated against the former one.

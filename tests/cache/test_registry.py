@@ -16,6 +16,7 @@ import pytest
 from cache import registry_link
 from cache.keys import Keys
 from cache.registry import AdapterRecord, Beat, NodeState, Registry
+from cache.registry_link import RegistryLink
 from cache.tiers import ArtifactKey
 from cache.view import View
 from cache.watchers import Change
@@ -312,3 +313,29 @@ def test_moved_digests_are_those_whose_tiers_differ() -> None:
     before = {"n0": {"a": ["disk"], "b": ["disk"]}, "n1": {"c": ["host"]}}
     after = {"n0": {"a": ["disk"], "b": ["disk", "host"]}, "n2": {"d": ["disk"]}}
     assert registry_link._moved_digests(before, after) == {"b", "c", "d"}
+
+
+async def test_a_caller_who_goes_away_when_it_is_written_leaves_a_whole_adapter(
+    cache: Cache, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, heed, written = Registry.put, RegistryLink._heed, asyncio.Event()
+
+    async def answer_late(registry: Registry, *records: Any) -> Any:
+        answer = await put(registry, *records)
+        written.set()
+        await asyncio.sleep(0.3)
+        return answer
+
+    async def hear_late(link: RegistryLink, hint: Any) -> None:
+        await asyncio.sleep(0.3)
+        await heed(link, hint)
+
+    monkeypatch.setattr(Registry, "put", answer_late)
+    monkeypatch.setattr(RegistryLink, "_heed", hear_late)
+    call = asyncio.create_task(register(cache))
+    await written.wait()
+    call.cancel()
+    await eventually(lambda: "a" in cache.manager.view.records)
+    digest = cache.manager.view.records["a"].digest
+    await asyncio.sleep(0.1)
+    assert cache.manager.holdings.disk.path(ArtifactKey(digest, "float32")).exists()
