@@ -47,7 +47,13 @@ class Router:
         self.settings = settings
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
-        self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
+        self.fleet = Fleet(
+            settings.engines,
+            router_id,
+            self._post,
+            settings.engine_silence_seconds,
+            default_base=settings.default_base,
+        )
         self.sharing = open_sharing(settings)
         self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
         self.generation = GenerationServicer(
