@@ -117,25 +117,23 @@ class Adapters:
         if waited:
             # Whoever was waited for may have registered it on another node, and the news may still be on its way.
             await self._link.reconcile()
-        records = self._view.records.values()
-        known = next((record for record in records if self._is_same(record, asked, base)), None)
-        base = self._link.bases.of(known) if known else None
-        if known is None or base is None:
+        origin = _origin_of(asked)
+        same = (record for record in self._view.records.values() if _origin_of(record) == origin)
+        known = next((record for record in same if self._is_for(record, base)), None)
+        if known is None:
             return None
         with self._manager.protected(known.digest):
             try:
-                await self._shelf.bring_to_disk(ArtifactKey(known.digest, base.dtype))
+                await self._shelf.bring_to_disk(self._key(known))
             except ServiceError:
                 # This caller may read it at the source, whoever cannot any more.
                 return None
         return known
 
-    def _is_same(self, record: AdapterRecord, asked: AdapterRecord, base: BaseDescription | None) -> bool:
-        """Whether what is asked for is what a record was made from, for the same base."""
-        if base is None and _origin_of(record) == _origin_of(asked):
-            # The record has the name that the adapter's own files say.
-            base = self._link.bases.for_adapter(record.base_model)
-        return base is not None and _content_of(record) == _content_of(replace(asked, base_digest=base.digest))
+    def _is_for(self, record: AdapterRecord, base: BaseDescription | None) -> bool:
+        """Whether a record is for a base; for the one that the adapter says, when none is given."""
+        # The record has the name that the adapter's own files say.
+        return record.base_digest == (base or self._link.bases.for_adapter(record.base_model)).digest
 
     async def _share(self, asked: AdapterRecord, known: AdapterRecord) -> AdapterRecord:
         """Registers a version that is here."""

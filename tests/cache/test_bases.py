@@ -241,6 +241,21 @@ async def test_bases_are_known_after_a_restart_and_on_other_nodes(store: Store, 
         assert (adapter.base_digest, adapter.base_name) == (TWO, "two")
 
 
+async def test_what_engines_of_other_nodes_serve_decides_as_well(store: Store, tmp_path: Path) -> None:
+    async with serve_cache(store.url, tmp_path / "a", "node-0") as first:
+        one, two = engine_of(first, "one", ONE), engine_of(first, "two", TWO)
+        async with serve_cache(store.url, tmp_path / "b", "node-1") as second:
+            await one.attach()
+            await two.attach()
+            link = second.manager.link
+            await eventually(lambda: link.bases.state().endswith(f"in service: {ONE} {TWO}"))
+            assert (await refused(register(second))).reason == "AMBIGUOUS_BASE"
+            one.leave()
+            await eventually(lambda: link.bases.state().endswith(f"in service: {TWO}"))
+            assert (await register(second)).base_digest == TWO
+            two.leave()
+
+
 async def test_a_base_that_nobody_uses_any_more_is_not_in_the_way(cache: Cache) -> None:
     for name, digest in (("one", ONE), ("two", TWO)):
         engine = engine_of(cache, name, digest)
