@@ -13,7 +13,6 @@ from cache.artifact import Artifact, BaseDescription
 from cache.engines import Engine, Evict, Expected
 from cache.errors import (
     AdapterNotFound,
-    BaseMismatch,
     BaseUnknown,
     DigestMismatch,
     NoEngine,
@@ -29,7 +28,7 @@ from cache.tiers import ArtifactKey
 from servicekit.errors import InvalidField, NotServable, ServiceError
 
 # What a version is, whichever id points to it.
-FACTS = ("digest", "base_model", "method", "rank", "size_bytes", "chat_template", "target_modules")
+FACTS = ("digest", "base_model", "base_digest", "method", "rank", "size_bytes", "chat_template", "target_modules")
 FORGET_BROKEN_SECONDS = 600.0
 
 
@@ -49,85 +48,103 @@ class Adapters:
                 self._drain(record.adapter_id, force=False)
 
     async def register(
-        self, asked: AdapterRecord, expected_digest: str | None, credentials: Credentials = NO_CREDENTIALS
+        self,
+        asked: AdapterRecord,
+        expected_digest: str | None,
+        credentials: Credentials = NO_CREDENTIALS,
+        base_model: str = "",
     ) -> AdapterRecord:
         """Validates, stores and registers an adapter; `asked` holds what the caller said, the rest is filled in.
+
+        Args:
+            base_model: name or digest of the base it is for; without one the adapter's own files say, where that is
+                not plain.
 
         The source is asked every time whether this caller may read the adapter, also when its bytes are here. They are
         read only when no adapter has the same source and revision, and by one caller at a time.
         """
-        base = self._link.base
         if not self._link.reachable:
             raise RegistryUnreachable
-        if base is None:
-            raise BaseUnknown
+        await self._link.learn_bases()
+        base = self._link.bases.named(base_model)
         if expected_digest is None and scheme_of(asked.source_uri) in ("https", "http"):
             raise InvalidField("expected_digest", "must be set for https:// sources", "DIGEST_REQUIRED")
         # Asked before the work is done: a registry that was just lost shows here.
         await self._link.registry.read(asked.adapter_id)
         revision = await self._manager.builder.source.look(asked.source_uri, credentials)
-        asked = replace(asked, source_revision=revision, base_digest=base.digest)
+        asked = replace(asked, source_revision=revision, base_digest=base.digest if base else "")
         if not revision:
             return await self._read(asked, expected_digest, credentials, base)
-        if (error := self._broken.error(_content_of(asked), time.monotonic())) is not None:
+        if (error := self._broken.error(self._attempt(asked), time.monotonic())) is not None:
             raise error
         async with self._manager.flights.alone("register", *_content_of(asked).split("\n")) as waited:
             known = await self._known(asked, base, waited)
             if known is not None and expected_digest in (None, known.digest):
-                return await self._share(asked, known, base)
+                return await self._share(asked, known)
             return await self._read(asked, expected_digest, credentials, base)
 
     async def _read(
-        self, asked: AdapterRecord, expected_digest: str | None, credentials: Credentials, base: BaseDescription
+        self, asked: AdapterRecord, expected_digest: str | None, credentials: Credentials, base: BaseDescription | None
     ) -> AdapterRecord:
-        """Registers what is at the source."""
+        """Registers what is at the source, for a base, or for the one that the adapter says."""
+        bases = self._link.bases
         try:
             artifact = await self._manager.builder.build(
-                asked.source_uri, base, revision=asked.source_revision, credentials=credentials
+                asked.source_uri,
+                lambda own: base or bases.for_adapter(own),
+                revision=asked.source_revision,
+                credentials=credentials,
             )
         except (InvalidField, NotServable) as error:
             if asked.source_revision and not isinstance(error, SourceMoved):
                 # The same bytes are not read again to say the same, until then.
                 self._broken.forget_before(time.monotonic() - FORGET_BROKEN_SECONDS)
-                self._broken.note(_content_of(asked), error, time.monotonic())
+                self._broken.note(self._attempt(asked), error, time.monotonic())
             raise
         if expected_digest is not None and artifact.digest != expected_digest:
             raise DigestMismatch(expected_digest, artifact.digest)
         with self._manager.protected(artifact.digest):
-            await self._shelf.store(artifact, base.dtype)
-            await self._shelf.bring_to_host(ArtifactKey(artifact.digest, base.dtype))
-            return await self._point(_described(asked, artifact), base)
+            await self._shelf.store(artifact, artifact.base.dtype)
+            await self._shelf.bring_to_host(ArtifactKey(artifact.digest, artifact.base.dtype))
+            return await self._point(_described(asked, artifact))
 
-    async def _known(self, asked: AdapterRecord, base: BaseDescription, waited: bool) -> AdapterRecord | None:
+    def _attempt(self, asked: AdapterRecord) -> str:
+        """What the outcome of reading an adapter depends on."""
+        return _content_of(asked) if asked.base_digest else f"{_content_of(asked)}{self._link.bases.state()}"
+
+    async def _known(self, asked: AdapterRecord, base: BaseDescription | None, waited: bool) -> AdapterRecord | None:
         """An adapter that was read from the same source at the same revision, on any node, and is to be had."""
         if waited:
             # Whoever was waited for may have registered it on another node, and the news may still be on its way.
             await self._link.reconcile()
-        records = self._view.records.values()
-        known = next((record for record in records if _content_of(record) == _content_of(asked)), None)
+        origin = _origin_of(asked)
+        same = (record for record in self._view.records.values() if _origin_of(record) == origin)
+        known = next((record for record in same if self._is_for(record, base)), None)
         if known is None:
             return None
         with self._manager.protected(known.digest):
             try:
-                await self._shelf.bring_to_disk(ArtifactKey(known.digest, base.dtype))
+                await self._shelf.bring_to_disk(self._key(known))
             except ServiceError:
                 # This caller may read it at the source, whoever cannot any more.
                 return None
         return known
 
-    async def _share(self, asked: AdapterRecord, known: AdapterRecord, base: BaseDescription) -> AdapterRecord:
+    def _is_for(self, record: AdapterRecord, base: BaseDescription | None) -> bool:
+        """Whether a record is for a base; for the one that the adapter says, when none is given."""
+        # The record has the name that the adapter's own files say.
+        return record.base_digest == (base or self._link.bases.for_adapter(record.base_model)).digest
+
+    async def _share(self, asked: AdapterRecord, known: AdapterRecord) -> AdapterRecord:
         """Registers a version that is here."""
         with self._manager.protected(known.digest):
-            await self._shelf.bring_to_host(ArtifactKey(known.digest, base.dtype))
+            await self._shelf.bring_to_host(self._key(known))
             facts = {name: getattr(known, name) for name in FACTS}
-            return await self._point(replace(asked, **facts), base)
+            return await self._point(replace(asked, **facts))
 
-    async def _point(self, asked: AdapterRecord, base: BaseDescription) -> AdapterRecord:
+    async def _point(self, asked: AdapterRecord) -> AdapterRecord:
         """Makes a version the one that an id answers with."""
         while True:
-            if self._link.base is None or self._link.base.digest != base.digest:
-                # The base was replaced while the adapter was validated against the former one.
-                raise BaseMismatch(self._link.base.digest if self._link.base else "", base.digest)
             before = await self._link.registry.read(asked.adapter_id)
             same = before is not None and before.digest == asked.digest
             complete = replace(asked, create_time_ms=before.create_time_ms if before and same else asked.create_time_ms)
@@ -205,16 +222,21 @@ class Adapters:
     # Preloading
 
     async def preload(self, record: AdapterRecord, tier: Place | DevicePlace) -> None:
-        """Brings a version to a tier (the device's: on every engine attached) and returns when it is there."""
+        """Brings a version to a tier and returns when it is there; to the device on every engine of its base."""
         if tier is DevicePlace.DEVICE:
             return await self._preload_devices(record.digest)
-        if self._link.base is None:
-            raise BaseUnknown
-        key = ArtifactKey(record.digest, self._link.base.dtype)
+        key = self._key(record)
         return await (self._shelf.bring_to_host(key) if tier is Place.HOST else self._shelf.bring_to_disk(key))
 
+    def _key(self, record: AdapterRecord) -> ArtifactKey:
+        """The artifact of an adapter, as engines of its base load it. Raises BaseUnknown."""
+        base = self._link.bases.of(record)
+        if base is None:
+            raise BaseUnknown(record.base_digest)
+        return ArtifactKey(record.digest, base.dtype)
+
     async def _preload_devices(self, digest: str) -> None:
-        engines = list(self._manager.engines.values())
+        engines = [each for each in self._manager.engines.values() if self._manager.serves(each, digest)]
         if not engines:
             raise NoEngine
         self._shelf.forgive(digest)
@@ -240,6 +262,7 @@ def _described(asked: AdapterRecord, artifact: Artifact) -> AdapterRecord:
         asked,
         digest=artifact.digest,
         base_model=artifact.base_model,
+        base_digest=artifact.base.digest,
         rank=artifact.rank,
         size_bytes=len(artifact.packed),
         chat_template=artifact.chat_template,
@@ -249,4 +272,9 @@ def _described(asked: AdapterRecord, artifact: Artifact) -> AdapterRecord:
 
 def _content_of(record: AdapterRecord) -> str:
     """What names the bytes that a record was made from, and what they were validated against."""
-    return f"{record.source_uri}\n{record.source_revision}\n{record.base_digest}"
+    return f"{_origin_of(record)}\n{record.base_digest}"
+
+
+def _origin_of(record: AdapterRecord) -> str:
+    """What names the bytes that a record was made from."""
+    return f"{record.source_uri}\n{record.source_revision}"

@@ -69,6 +69,7 @@ class Artifact:
     Attributes:
         rank: largest rank of its modules.
         target_modules: kinds of modules it changes, the last part of their paths, sorted.
+        base: what it was validated against.
         packed: the file's content.
     """
 
@@ -77,6 +78,7 @@ class Artifact:
     base_model: str
     target_modules: tuple[str, ...]
     chat_template: str
+    base: BaseDescription
     packed: bytes
 
 
@@ -110,6 +112,7 @@ def build_artifact(files: AdapterFiles, base: BaseDescription) -> Artifact:
         base_model=config.base_model,
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
         chat_template=files.chat_template,
+        base=base,
         packed=save(packed, metadata={"format": FORMAT, "digest": digest, "rank": str(rank)}),
     )
 

@@ -2,6 +2,7 @@
 
 InvalidField
 ├── (source_uri)            OUTSIDE_ROOTS, UNKNOWN_SCHEME, NOT_A_FOLDER, ...
+├── AmbiguousBase           AMBIGUOUS_BASE      several bases may be meant, and nobody says which
 └── MalformedAdapter        the files are not a well-formed adapter; the reason says what is wrong
 NotServable
 ├── UnsupportedAdapter      well formed, but this server cannot serve it; names feature, tensor or limit
@@ -9,7 +10,7 @@ NotServable
 ├── DigestMismatch          DIGEST_MISMATCH     the content is not what the caller expected
 ├── SourceChanged           SOURCE_CHANGED      a version is gone from the tiers, and its source holds another by now
 ├── SourceMoved             SOURCE_MOVED        the source no longer has the revision that was asked for
-└── BaseMismatch            BASE_MISMATCH       an engine serves another base than this registry
+└── BaseMismatch            BASE_MISMATCH       an engine serves another base than an adapter's
 NotFound
 ├── AdapterNotFound         ADAPTER_NOT_FOUND   no such adapter_id
 ├── VersionNotFound         VERSION_NOT_FOUND   no such digest
@@ -25,7 +26,7 @@ Unavailable
 ├── RegistryUnreachable     REGISTRY_UNREACHABLE
 ├── SourceUnreachable       SOURCE_UNREACHABLE  the source does not answer, or with an error of its own
 ├── NeighbourFailed         NEIGHBOUR_FAILED    another node's artifact could not be had
-├── BaseUnknown             BASE_UNKNOWN        no engine has described the base yet
+├── BaseUnknown             BASE_UNKNOWN        no engine has described the base, or any, yet
 └── NoEngine                NO_ENGINE           no engine is attached
 AlreadyExists
 └── EngineAttached          ENGINE_ATTACHED     an engine of this id is attached
@@ -36,6 +37,8 @@ Internal
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from servicekit.errors import (
     AlreadyExists,
@@ -64,6 +67,14 @@ class MalformedAdapter(InvalidField):
 
     def __init__(self, file: str, message: str, reason: str, **metadata: object) -> None:
         super().__init__("source_uri", f"{file}: {message}", reason, file=file, **metadata)
+
+
+class AmbiguousBase(InvalidField):
+    """Raised when several bases may be meant; names them."""
+
+    def __init__(self, message: str, known: Sequence[str]) -> None:
+        listed = shown(", ".join(known), 1000)
+        super().__init__("base_model", f"{shown(message, 400)}: {listed}", "AMBIGUOUS_BASE", known_bases=listed)
 
 
 class UnsupportedAdapter(NotServable):
@@ -114,11 +125,11 @@ class SourceMoved(NotServable):
 
 
 class BaseMismatch(NotServable):
-    """Raised when an engine's base is not the one the registered adapters were validated against."""
+    """Raised when an engine's base is not the one an adapter was validated against."""
 
     def __init__(self, registered: str, engine: str) -> None:
         super().__init__(
-            f"this registry holds adapters of base {registered[:12]}, the engine serves {engine[:12]}",
+            f"the adapter is registered for base {registered[:12]}, the engine serves {engine[:12]}",
             "BASE_MISMATCH",
             registered=registered,
             engine=engine,
@@ -223,10 +234,21 @@ class RegistryUnreachable(Unavailable):
 
 
 class BaseUnknown(Unavailable):
-    """Raised when no engine has described the base yet, so that nothing can be validated."""
+    """Raised when no engine has described the base, or any, yet, so that nothing can be validated against it."""
 
-    def __init__(self) -> None:
-        super().__init__("no engine has described the base yet", "BASE_UNKNOWN", retry_after=2.0)
+    def __init__(self, asked: str = "", known: Sequence[str] = ()) -> None:
+        if not asked:
+            super().__init__("no engine has described the base yet", "BASE_UNKNOWN", retry_after=2.0)
+            return
+        name, listed = shown(asked), shown(", ".join(known) or "none", 1000)
+        super().__init__(
+            f"base_model: no engine has described base {name!r} yet; known: {listed}",
+            "BASE_UNKNOWN",
+            retry_after=2.0,
+            field="base_model",
+            base_model=name,
+            known_bases=listed,
+        )
 
 
 class NoEngine(Unavailable):

@@ -4,7 +4,8 @@ All keys of a registry share the hash tag {name}, so that a script may touch sev
 
     loraplex:{name}:epoch        string  made once; another one means another, or an emptied, registry
     loraplex:{name}:revision     integer counts every change of an adapter
-    loraplex:{name}:base         string  JSON: the base that adapters were validated against
+    loraplex:{name}:bases        hash    digest -> JSON: a base that engines have described
+    loraplex:{name}:base         string  JSON: the one base of a registry that could hold no other; moved to `bases` when read
     loraplex:{name}:adapters     hash    adapter_id -> JSON: the adapter's record
     loraplex:{name}:nodes        zset    node_id -> time it was last heard of, milliseconds of Redis's clock
     loraplex:{name}:residency    hash    node_id -> JSON: {"address", "run", "serial", "held": digest -> tiers}
@@ -40,6 +41,10 @@ class Keys:
     @property
     def base(self) -> str:
         return self._key("base")
+
+    @property
+    def bases(self) -> str:
+        return self._key("bases")
 
     @property
     def adapters(self) -> str:

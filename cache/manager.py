@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from cache import metrics
-from cache.artifact import BaseDescription
 from cache.builder import Builder
 from cache.costs import cost_to_device
 from cache.engines import LOOK_AHEAD_SECONDS, Engine, Evict, Expected, Load, Worth
@@ -25,7 +24,7 @@ from cache.fetcher import Fetcher, Origin
 from cache.flights import Flights
 from cache.neighbours import Neighbours
 from cache.policies import POLICIES, Value
-from cache.registry import Registry
+from cache.registry import AdapterRecord, Registry
 from cache.registry_link import NodeReport, RegistryLink
 from cache.residency import DeviceMove, DevicePlace, Place
 from cache.shelf import ON_DISK, Shelf
@@ -65,7 +64,7 @@ class Manager:
     ) -> None:
         self.node_id = node_id
         self.view = View()
-        self.link = RegistryLink(registry, self.view, node_id, self._report, self._held, self.wake)
+        self.link = RegistryLink(registry, self.view, node_id, self._report, self._held, self._served, self.wake)
         self.builder = Builder(source)
         self.flights = Flights(registry, node_id)
         fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, disk), disk)
@@ -142,8 +141,9 @@ class Manager:
     def _obstacle(self, engine: Engine, digest: str) -> ServiceError | None:
         """Why a version cannot come to an engine's device now, if it cannot."""
         for record in self.view.with_digest(digest):
-            if record.base_digest not in ("", engine.base.digest):
-                return BaseMismatch(record.base_digest, engine.base.digest)
+            base = self._base_digest(record)
+            if base != engine.base.digest:
+                return BaseMismatch(base, engine.base.digest)
             if record.rank > engine.base.max_rank:
                 return RankTooLarge(record.adapter_id, record.rank, engine.base.max_rank)
         if digest not in self.view.digests and self.shelf.place(engine.key(digest)) not in ON_DISK:
@@ -213,15 +213,14 @@ class Manager:
 
     def _origin_of(self, digest: str) -> Origin | None:
         records = self.view.with_digest(digest)
-        if not records or self.link.base is None:
-            return None
-        return Origin(records[0].source_uri, self.link.base, records[0].source_revision)
+        base = self.link.bases.of(records[0]) if records else None
+        return Origin(records[0].source_uri, base, records[0].source_revision) if base else None
 
     # What engines say. An engine is the truth about its device: what it reports is taken over, whatever was expected.
 
     async def attach(self, engine: Engine, resident: Iterable[str]) -> None:
-        """Takes a new engine in. Raises EngineAttached, BaseMismatch or, with no base known yet, RegistryUnreachable."""
-        await self.describe_base(engine.base)
+        """Takes a new engine in. Raises EngineAttached or, when its base is not known yet, RegistryUnreachable."""
+        await self.link.describe_base(engine.base)
         if engine.engine_id in self.engines:
             raise EngineAttached(engine.engine_id)
         engine.policy, engine.tenant_share = self._device_policy(engine.budget_bytes), self._tenant_share
@@ -229,15 +228,8 @@ class Manager:
         self.engines[engine.engine_id] = engine
         _log.info("engine %s attached with %d adapters on its device", engine.engine_id, len(engine.device))
         self._announce(*engine.device)
-
-    async def describe_base(self, base: BaseDescription) -> None:
-        """Checks an engine's base against the registry's, or makes it the registry's. Raises BaseMismatch."""
-        for other in self.engines.values():
-            if other.base.digest != base.digest:
-                raise BaseMismatch(other.base.digest, base.digest)
-        in_force = await self.link.describe_base(base)
-        if in_force.digest != base.digest:
-            raise BaseMismatch(in_force.digest, base.digest)
+        # So that the other nodes know what is served.
+        self.link.beat_soon()
 
     def detach(self, engine: Engine) -> None:
         """Forgets an engine whose stream has ended."""
@@ -255,34 +247,50 @@ class Manager:
         self._wake.set()
 
     def prefetch(self, digest: str, engine_id: str, traceparent: str, tenant: str) -> None:
-        """Brings a version to an engine, or to the one with most room when none is named."""
-        if digest not in self.view.digests:
+        """Brings a version to an engine, or to the one of its base with most room when none is named.
+
+        Raises VersionNotFound or, when the engine that is named serves another base, BaseMismatch.
+        """
+        records = self.view.with_digest(digest)
+        if not records:
             raise VersionNotFound(digest)
+        base = self.link.bases.of(records[0])
         engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
+        if engine is not None and not self.serves(engine, digest):
+            raise BaseMismatch(self._base_digest(records[0]), engine.base.digest)
         if engine is not None:
             now = time.monotonic()
             engine.expect(digest, Expected(traceparent, now + LOOK_AHEAD_SECONDS, now, tenant))
-        elif self.link.base is not None:
+        elif base is not None:
             # No engine yet: half of the way is what can be done.
-            self.shelf.wish(ArtifactKey(digest, self.link.base.dtype), traceparent)
+            self.shelf.wish(ArtifactKey(digest, base.dtype), traceparent)
         self._wake.set()
 
     def look_ahead(self, router_id: str, queue: Iterable[tuple[str, str, Expected]]) -> None:
-        """What waits in a router's queue: digest, engine_id or "", and for whom."""
+        """What waits in a router's queue: digest, engine_id or "", and for whom. Engines of another base are left out."""
         of_engine: defaultdict[str, dict[str, Expected]] = defaultdict(dict)
         for digest, engine_id, expected in queue:
             engine = self.engines.get(engine_id) if engine_id else self._roomiest(digest)
-            if engine is not None and digest in self.view.digests:
+            if engine is not None and self.serves(engine, digest):
                 of_engine[engine.engine_id][digest] = expected
         for engine in self.engines.values():
             engine.look_ahead(router_id, of_engine[engine.engine_id])
         self._wake.set()
 
     def _roomiest(self, digest: str) -> Engine | None:
-        """The engine that has a version or waits for it, else the one with most free room."""
-        engines = list(self.engines.values())
+        """The engine that has a version or waits for it, else the one of its base with most free room."""
+        engines = [engine for engine in self.engines.values() if self.serves(engine, digest)]
         at_it = [engine for engine in engines if digest in engine.device or digest in engine.expected]
         return next(iter(at_it), None) or max(engines, key=lambda engine: engine.free_bytes, default=None)
+
+    def serves(self, engine: Engine, digest: str) -> bool:
+        """Whether an adapter points to a version, and an engine serves the base it was validated against."""
+        records = self.view.with_digest(digest)
+        return bool(records) and self._base_digest(records[0]) == engine.base.digest
+
+    def _base_digest(self, record: AdapterRecord) -> str:
+        base = self.link.bases.of(record)
+        return base.digest if base else record.base_digest
 
     def loaded(self, engine: Engine, digest: str, device_bytes: int) -> None:
         """An engine has brought an artifact to its device."""
@@ -385,6 +393,10 @@ class Manager:
         """The tiers that hold a version here, as the other nodes are told."""
         places = self._residency_here(digest)
         return [f"{engine}/{place.value}" if engine else place.value for _, engine, place in places]
+
+    def _served(self) -> frozenset[str]:
+        """Digests of the bases that the engines here serve."""
+        return frozenset(engine.base.digest for engine in self.engines.values())
 
     def _report(self) -> NodeReport:
         """What the other nodes are told."""

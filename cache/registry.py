@@ -1,4 +1,4 @@
-"""Adapters, the base, residency and leases in Redis: one operation per Lua script, no Redis error gets out."""
+"""Adapters, bases, residency and leases in Redis: one operation per Lua script, no Redis error gets out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ class Snapshot:
 
     epoch: str
     revision: int
-    base: BaseDescription | None
+    bases: tuple[BaseDescription, ...]
     records: Mapping[str, AdapterRecord]
 
 
@@ -96,12 +96,14 @@ class NodeState:
         run: its process.
         serial: counts what this process has told.
         held: digest -> tiers.
+        bases: digests of the bases that its engines serve.
     """
 
     address: str = ""
     run: str = ""
     serial: int = 0
     held: Mapping[str, list[str]] = field(default_factory=dict)
+    bases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,15 @@ class Registry:
 
     async def load(self) -> Snapshot:
         """The whole registry; made when there is none."""
-        keys = [self._keys.epoch, self._keys.revision, self._keys.base, self._keys.adapters]
-        epoch, revision, base, *rows = await self._run("load", keys, [uuid.uuid4().hex])
+        names = self._keys
+        keys = [names.epoch, names.revision, names.bases, names.base, names.adapters]
+        epoch, revision, bases, *rows = await self._run("load", keys, [uuid.uuid4().hex])
         records = {}
         for adapter_id, text in zip(rows[::2], rows[1::2], strict=True):
             record = _record_from(adapter_id, text)
             if record is not None:
                 records[adapter_id] = record
-        return Snapshot(epoch, int(revision), _base_from(base) if base else None, records)
+        return Snapshot(epoch, int(revision), _bases_from(bases), records)
 
     async def read(self, adapter_id: str) -> AdapterRecord | None:
         """One adapter."""
@@ -199,10 +202,17 @@ class Registry:
         """Deletes a record; returns the revision of the change, 0 when the record there is another."""
         return int(await self._run("delete_adapter", self._adapter_keys, [record.adapter_id, record.stored]))
 
-    async def describe_base(self, base: BaseDescription) -> BaseDescription:
-        """Offers a base; returns the one in force, which differs when adapters of another are registered."""
-        raw = await self._run("describe_base", [self._keys.base, self._keys.adapters], [json.dumps(asdict(base))])
-        return _base_from(raw)
+    async def describe_base(self, base: BaseDescription) -> None:
+        """Keeps the description of a base, in place of an earlier one of the same base."""
+        keys = [self._keys.bases, self._keys.base]
+        await self._run("describe_base", keys, [base.digest, json.dumps(asdict(base))])
+
+    async def bases(self, but: Collection[str]) -> tuple[BaseDescription, ...]:
+        """The bases there are, without those whose digests the caller has."""
+        async with _redis_errors():
+            missing = [digest for digest in await self._redis.hkeys(self._keys.bases) if digest not in but]
+            found = await self._redis.hmget(self._keys.bases, missing) if missing else []
+        return _bases_from([each for each in found if each])
 
     async def heartbeat(self, beat: Beat) -> Pulse:
         """Tells that a node lives; returns what there is to know."""
@@ -283,12 +293,21 @@ def _node_from(text: str) -> NodeState:
     """What a node said of itself; nothing when it speaks another version's language."""
     try:
         said = json.loads(text)
-        return NodeState(str(said["address"]), str(said["run"]), int(said["serial"]), said["held"])
+        bases = tuple(said.get("bases", ()))
+        return NodeState(str(said["address"]), str(said["run"]), int(said["serial"]), said["held"], bases)
     except (ValueError, KeyError, TypeError):
         return NodeState()
 
 
-def _base_from(raw: str) -> BaseDescription:
-    fields = json.loads(raw)
-    modules = {name: (widths[0], widths[1]) for name, widths in fields["modules"].items()}
-    return BaseDescription(**{**fields, "modules": modules})
+def _bases_from(rows: Iterable[str]) -> tuple[BaseDescription, ...]:
+    """The descriptions that can be read; an engine of a base that is left out describes it again."""
+    bases = []
+    for text in rows:
+        try:
+            fields = json.loads(text)
+            known = {each.name: fields[each.name] for each in dataclasses.fields(BaseDescription)}
+            modules = {name: (widths[0], widths[1]) for name, widths in known["modules"].items()}
+            bases.append(BaseDescription(**{**known, "modules": modules}))
+        except (ValueError, KeyError, TypeError):
+            _log.error("the description of a base cannot be read, it is left out")
+    return tuple(bases)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
 from cache.artifact import BaseDescription
+from cache.bases import Bases
 from cache.errors import RegistryUnreachable
 from cache.registry import AdapterRecord, Beat, Hint, Moved, NodeState, Pulse, Registry, Snapshot
 from cache.view import View
@@ -41,7 +42,7 @@ class RegistryLink:
 
     Attributes:
         reachable: whether Redis answered last time.
-        base: what adapters are validated against; None until an engine has said.
+        bases: what adapters are validated against, as engines have described it.
         elsewhere: residency on the other nodes: node_id -> digest -> tiers.
         addresses: where the artifacts of the other nodes are read: node_id -> address.
         leases_elsewhere: digests that engines of other nodes use.
@@ -56,18 +57,21 @@ class RegistryLink:
         node_id: str,
         report: Callable[[], NodeReport],
         held: Callable[[str], list[str]],
+        served: Callable[[], frozenset[str]],
         changed: Callable[[], None],
     ) -> None:
         self.registry, self.view = registry, view
         self.address = ""
         self.reachable = False
-        self.base: BaseDescription | None = None
+        self.bases = Bases(self._bases_in_service)
+        self._bases_elsewhere: frozenset[str] = frozenset()
         self.elsewhere: dict[str, dict[str, list[str]]] = {}
         self.addresses: Mapping[str, str] = {}
         self.leases_elsewhere: frozenset[str] = frozenset()
         self.leases: Leases = frozenset()
         self.last_use: dict[str, int] = {}
         self._node_id, self._report, self._held, self._changed = node_id, report, held, changed
+        self._served = served
         self._run, self._serial = uuid.uuid4().hex, 0
         # Of each other node: which process was heard, and the newest it has told.
         self._heard: dict[str, tuple[str, int]] = {}
@@ -88,8 +92,7 @@ class RegistryLink:
             snapshot = await self._load()
             self._epoch, self._revision = snapshot.epoch, snapshot.revision
             self._newest_seen = snapshot.revision
-            if self.base is None:
-                self.base = snapshot.base
+            self.bases.take(base for base in snapshot.bases if base.digest not in self.bases)
             self.view.replace_all(snapshot.records)
         if not self.reachable:
             _log.info("registry in Redis at %s: %d adapters", self.registry.url, len(snapshot.records))
@@ -136,17 +139,22 @@ class RegistryLink:
         """The record in Redis now."""
         return await self.registry.read(adapter_id)
 
-    async def describe_base(self, base: BaseDescription) -> BaseDescription:
-        """Offers a base; returns the one in force."""
+    async def describe_base(self, base: BaseDescription) -> None:
+        """Makes a base known. Raises RegistryUnreachable when it is not known yet and Redis does not answer."""
         try:
-            in_force = await self.registry.describe_base(base)
+            await self.registry.describe_base(base)
         except RegistryUnreachable:
-            if self.base is None:
+            if base.digest not in self.bases:
                 raise
-            in_force = self.base
-        if in_force.digest == base.digest:
-            self.base = base
-        return in_force
+        self.bases.take([base])
+
+    async def learn_bases(self) -> None:
+        """Takes over the bases that others have described."""
+        self.bases.take(await self.registry.bases(but=self.bases.known))
+
+    def _bases_in_service(self) -> Set[str]:
+        registered = {record.base_digest for record in self.view.records.values()}
+        return registered | self._served() | self._bases_elsewhere
 
     def moved(self, digests: Iterable[str]) -> None:
         """Versions are in other tiers of this node than before: the other nodes are told at once."""
@@ -210,6 +218,8 @@ class RegistryLink:
             return None
         record = await self.registry.read(hint.adapter_id)
         if record is not None:
+            if record.base_digest and record.base_digest not in self.bases:
+                await self.learn_bases()
             self.view.take(record)
         else:
             self.view.forget(hint.adapter_id)
@@ -222,7 +232,7 @@ class RegistryLink:
             await self.reconcile()
         report, used = self._report(), self._used
         self._used = set()
-        state = NodeState(self.address, self._run, self._serial, report.residency)
+        state = NodeState(self.address, self._run, self._serial, report.residency, tuple(sorted(self._served())))
         ended = self._told - report.leases
         beat = Beat(self._node_id, state, report.leases, ended, frozenset(used), self._uses_since)
         try:
@@ -232,6 +242,8 @@ class RegistryLink:
             raise
         self._told = report.leases
         self._take(pulse)
+        if not self._bases_elsewhere <= self.bases.known.keys():
+            await self.learn_bases()
         if pulse.epoch != self._epoch or pulse.revision != self._revision:
             await self.reconcile()
         self._changed()
@@ -245,6 +257,7 @@ class RegistryLink:
         # A little earlier than now: what was used in the same millisecond is told twice rather than never.
         self._uses_since = pulse.now_ms - 1000
         others = {node: state for node, state in pulse.nodes.items() if node != self._node_id}
+        self._bases_elsewhere = frozenset(digest for state in others.values() for digest in state.bases)
         self.addresses = {node: state.address for node, state in others.items() if state.address}
         before = self.elsewhere
         self.elsewhere = {node: self._newest(node, state) for node, state in others.items()}
@@ -276,8 +289,8 @@ class RegistryLink:
         """Writes again what Redis has forgotten. A deletion it has forgotten is not known here, and comes undone."""
         lost = [record for record in self.view.records.values() if found.records.get(record.adapter_id) != record]
         _log.warning("Redis has lost changes; restoring %d adapters from this node's view", len(lost))
-        if self.base is not None:
-            await self.registry.describe_base(self.base)
+        for base in self.bases:
+            await self.registry.describe_base(base)
         for record in lost:
             await self.registry.put(record, found.records.get(record.adapter_id))
 

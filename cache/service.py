@@ -66,7 +66,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         )
         given = request.credentials
         credentials = Credentials(given.token, given.access_key_id, given.secret_access_key, given.session_token)
-        record = await self._adapters.register(asked, expected, credentials)
+        record = await self._adapters.register(asked, expected, credentials, request.base_model)
         return adapter_pb2.RegisterAdapterResponse(adapter=self._adapter(record))
 
     async def GetAdapter(
@@ -147,8 +147,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     def _adapter(self, record: AdapterRecord) -> adapter_pb2.Adapter:
         link, digest = self._manager.link, record.digest
         failure = self._manager.shelf.last_failure(digest)
-        leases = self._manager.leases(digest)
-        return adapter_message(record, self._manager.residency(digest), leases, link.last_use.get(digest), failure)
+        residency, leases = self._manager.residency(digest), self._manager.leases(digest)
+        base = link.bases.of(record)
+        return adapter_message(record, residency, leases, base.name if base else "", link.last_use.get(digest), failure)
 
 
 class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):

@@ -38,6 +38,7 @@ def adapter_message(
     record: AdapterRecord,
     residency: Sequence[tuple[str, str, Place | DevicePlace]],
     leases: Iterable[str],
+    base_name: str,
     last_use_ms: int | None,
     failure: Failure | None,
 ) -> adapter_pb2.Adapter:
@@ -57,6 +58,7 @@ def adapter_message(
         chat_template=record.chat_template,
         target_modules=record.target_modules,
         base_digest=record.base_digest,
+        base_name=base_name,
         source_revision=record.source_revision,
         leases=[
             adapter_pb2.Lease(node_id=node_id, engine_id=engine_id)

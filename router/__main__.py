@@ -47,11 +47,21 @@ class Router:
         self.settings = settings
         self.server = Server()
         self.cache = CacheLink(settings.cache, self._post)
-        self.fleet = Fleet(settings.engines, router_id, self._post, settings.engine_silence_seconds)
+        self.fleet = Fleet(
+            settings.engines,
+            router_id,
+            self._post,
+            settings.engine_silence_seconds,
+            default_base=settings.default_base,
+        )
         self.sharing = open_sharing(settings)
         self.dispatcher = Bases(self._make_dispatcher, lambda: self.fleet.default_base)
         self.generation = GenerationServicer(
-            self.cache.view, lambda: self.fleet.engines, self.dispatcher.post, settings.max_unread_kib * 1024
+            self.cache.view,
+            lambda: self.fleet.engines,
+            lambda: self.fleet.default_base,
+            self.dispatcher.post,
+            settings.max_unread_kib * 1024,
         )
         self.look_ahead = LookAhead(self.cache.residency, router_id, lambda: self.dispatcher.waiting)
         metrics.QUEUED.set_function(lambda: self.dispatcher.queued)

@@ -25,6 +25,9 @@ class Settings:
 
     listen: str = setting("127.0.0.1:50051", "Address of the public API.")
     engines: tuple[str, ...] = setting(("127.0.0.1:50061",), "Address of an engine; may be repeated.")
+    default_base: str = setting(
+        "", "Name or digest of the base that answers requests without an adapter; empty is that of the first engine."
+    )
     cache: str = setting("127.0.0.1:50071", "Address of the node's cache.")
     metrics_listen: str = setting("", "Address of /metrics.")
     router_id: str = setting("", "Name in traces and logs; made up when empty.")

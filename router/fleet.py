@@ -92,6 +92,7 @@ class Fleet:
 
     Args:
         silence: seconds without a word after which an engine is taken for lost.
+        default_base: name or digest of the base that answers requests without an adapter.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Fleet:
         post: Post,
         silence: float = SILENCE,
         now: Callable[[], float] = time.monotonic,
+        default_base: str = "",
     ) -> None:
         self._silence = silence
+        self._default_base = default_base
         self._links = [_Link(address, router_id, post, now) for address in addresses]
 
     @property
@@ -112,8 +115,12 @@ class Fleet:
 
     @property
     def default_base(self) -> str:
-        """Digest of the base of the first engine in the settings that was ever connected; empty before."""
-        return next((link.base_digest for link in self._links if link.base_digest), "")
+        """Digest of the base that answers requests without an adapter; empty before an engine of it was connected.
+
+        It is the one of the settings, else that of the first engine in the settings that was ever connected. It stays
+        when its engines are lost: no other base answers in its stead.
+        """
+        return next((link.base_digest for link in self._links if link.has_base(self._default_base)), "")
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -136,7 +143,7 @@ class Fleet:
 class _Link:
     def __init__(self, address: str, router_id: str, post: Post, now: Callable[[], float]) -> None:
         self.engine: Engine | None = None
-        self.base_digest = ""
+        self.base_digest = self.base_model = ""
         self._address = address
         self._router_id = router_id
         self._post = post
@@ -152,6 +159,10 @@ class _Link:
                 was_ready = await self._connect(stub)
                 delay = FIRST_DELAY if was_ready else min(2 * delay, LONGEST_DELAY)
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+
+    def has_base(self, named: str) -> bool:
+        """Whether the engine was ever connected, and served the base of this name or digest; "" is any."""
+        return bool(self.base_digest) and named in ("", self.base_digest, self.base_model)
 
     def end_if_silent(self, seconds: float) -> None:
         """Counts from the call on: an engine that never says it is ready is silent, too."""
@@ -192,7 +203,7 @@ class _Link:
             _log.error("engine at %s broke the contract: it did not begin with an EngineReady", self._address)
             return False
         self.engine = Engine(self._address, ready, stub)
-        self.base_digest = ready.model.base_digest
+        self.base_digest, self.base_model = ready.model.base_digest, ready.model.base_model
         _log.info("engine %s at %s is ready, %d places", ready.engine_id, self._address, ready.max_sequences)
         self._post(EngineUp(self.engine))
         return True

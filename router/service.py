@@ -24,7 +24,7 @@ from router.outbox import Outbox, Pulse, Whole
 from router.registry_view import RegistryView
 from router.request import Request, Sink
 from router.validation import MAX_NAME_LENGTH, check_adapter_id, check_generation, check_name, check_prompt
-from router.wire import completion_message, delta_message, generation_from, prompt_from
+from router.wire import completion_message, delta_message, generation_from, prompt_from, served_bases
 from servicekit.errors import Cancelled, DeadlineExceeded, InvalidField, ServiceError, code_of
 from servicekit.status import from_rpc_error
 from servicekit.tracing import context_from_metadata, end_span, start_span
@@ -48,17 +48,23 @@ class _Call:
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Hands requests to the loop by `post`; knows engines only to describe the base and to tokenise."""
+    """Hands requests to the loop by `post`; knows engines only to describe the bases and to tokenise.
+
+    Args:
+        default_base: digest of the base that answers requests without an adapter; empty while none is known.
+    """
 
     def __init__(
         self,
         view: RegistryView,
         engines: Callable[[], list[Engine]],
+        default_base: Callable[[], str],
         post: Callable[[Submit | Cancel], None],
         unread_bytes: int,
     ) -> None:
         self._view = view
         self._engines = engines
+        self._default_base = default_base
         self._post = post
         self._unread_bytes = unread_bytes
         self._pulse = Pulse()
@@ -124,15 +130,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, message: generation_pb2.GetModelInfoRequest, context: Context
     ) -> generation_pb2.GetModelInfoResponse:
         response = generation_pb2.GetModelInfoResponse()
-        base = self._engine_of("")
-        response.CopyFrom(base.model)
-        response.engine_ids[:] = sorted({e.engine_id for e in self._engines() if e.base_digest == base.base_digest})
+        default = self._engine_of("")
+        response.CopyFrom(default.model)
+        response.engine_ids[:] = sorted({e.engine_id for e in self._engines() if e.base_digest == default.base_digest})
+        response.bases.extend(served_bases((engine.engine_id, engine.model) for engine in [default, *self._engines()]))
         response.server_version = SERVER_VERSION
         return response
 
     def _engine_of(self, base: str) -> Engine:
         """An engine of a base, or of the default one; rather one that is not about to end."""
-        engines = [engine for engine in self._engines() if base in ("", engine.base_digest)]
+        digest = base or self._default_base()
+        engines = [engine for engine in self._engines() if engine.base_digest == digest]
         if not engines:
             raise NoEngine()
         return min(engines, key=lambda engine: engine.is_draining)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 
 from google.protobuf import duration_pb2
 
 from loraplex.engine.v1 import engine_pb2
 from loraplex.v1 import adapter_pb2, generation_pb2
-from router.messages import Completion, Credit, Delta, Failed, Finished, FinishReason, Output, Sequence, Started
+from router.messages import Completion, Credit, Delta, Failed, Finished, FinishReason, Output, Sequence, Started, Wire
 from router.registry_view import Adapter, Event, Kind, Tier, best_tier
 from router.validation import Generation, Prompt, Sampling, Stopping
 
@@ -171,3 +173,18 @@ def _duration(seconds: float) -> duration_pb2.Duration:
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+def served_bases(engines: Iterable[tuple[str, Wire]]) -> list[generation_pb2.ServedBase]:
+    """The bases of engines, each an id with its GetModelInfoResponse, in the order of their first ones."""
+    bases: dict[str, generation_pb2.ServedBase] = {}
+    ids: defaultdict[str, set[str]] = defaultdict(set)
+    for engine_id, model in engines:
+        ids[model.base_digest].add(engine_id)
+        bases.setdefault(
+            model.base_digest,
+            generation_pb2.ServedBase(base_model=model.base_model, base_digest=model.base_digest),
+        )
+    for digest, base in bases.items():
+        base.engine_ids.extend(sorted(ids[digest]))
+    return list(bases.values())

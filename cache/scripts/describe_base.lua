@@ -1,14 +1,13 @@
--- Says which base adapters are validated against. Another base is taken only while no adapter is registered.
+-- Keeps the description of a base; a newer one of the same base takes its place.
 --
--- KEYS[1] base       string   JSON with the field "digest"
--- KEYS[2] adapters   hash
--- ARGV[1] base       JSON with the field "digest"
--- Returns the base in force: ARGV[1], or the one that stays.
-local current = redis.call('GET', KEYS[1])
-if current and redis.call('HLEN', KEYS[2]) > 0 then
-  if cjson.decode(current)['digest'] ~= cjson.decode(ARGV[1])['digest'] then
-    return current
-  end
+-- KEYS[1] bases      hash     digest -> JSON
+-- KEYS[2] base       string   JSON with the field "digest": the one base of a registry that could hold no other
+-- ARGV[1] digest     of the base
+-- ARGV[2] base       JSON
+-- Returns 1 when the base was not known before, else 0.
+local former = redis.call('GET', KEYS[2])
+if former then
+  redis.call('HSETNX', KEYS[1], cjson.decode(former)['digest'], former)
+  redis.call('DEL', KEYS[2])
 end
-redis.call('SET', KEYS[1], ARGV[1])
-return ARGV[1]
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])

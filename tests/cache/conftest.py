@@ -141,6 +141,7 @@ class FakeEngine:
     engine_id: str = "engine-0"
     budget: int = 1 << 20
     base_digest: str = BASE.digest
+    base_model: str = BASE.name
     dtype: str = "float32"
     max_rank: int = 64
     loads: list[residency_pb2.LoadArtifact] = field(default_factory=list)
@@ -174,7 +175,7 @@ class FakeEngine:
             for name, widths in MODULES.items()
         ]
         description = residency_pb2.EngineDescription(
-            engine_id=self.engine_id, base_model="tiny", base_digest=self.base_digest, dtype=self.dtype,
+            engine_id=self.engine_id, base_model=self.base_model, base_digest=self.base_digest, dtype=self.dtype,
             device_budget_bytes=self.budget, max_rank=self.max_rank, modules=modules, resident_digests=list(self.resident),
         )  # fmt: skip
         await self.say(description=description)

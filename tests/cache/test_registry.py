@@ -279,21 +279,6 @@ async def test_files_of_the_host_tier_are_used_again_and_strays_removed(store: S
         assert {each.name for each in path.parent.iterdir()} == {path.name, f"{path.name}.sha256"}
 
 
-async def test_a_base_is_replaced_only_while_no_adapter_is_registered(store: Store, tmp_path: Path) -> None:
-    async with serve_cache(store.url, tmp_path) as cache:
-        for digest in ("1" * 64, "2" * 64):
-            engine = FakeEngine(cache.residency, base_digest=digest)
-            await engine.attach()
-            engine.leave()
-            await eventually(lambda: not cache.manager.engines)
-        assert cache.manager.link.base is not None and cache.manager.link.base.digest == "2" * 64
-        # Known from the registry, without an engine
-        await register(cache)
-        error = await refused(FakeEngine(cache.residency, base_digest="1" * 64).attach())
-        assert error.reason == "BASE_MISMATCH"
-        assert error.metadata == {"registered": "2" * 64, "engine": "1" * 64}
-
-
 def test_a_slow_watcher_holds_one_change_per_adapter() -> None:
     view = View()
     watcher = view.watch()

@@ -86,6 +86,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
         self.requests: list[Any] = []
         self.metadata: list[dict[str, str | bytes]] = []
         self.adapters = {name: adapter(name) for name in ("pirate", "shout")}
+        self.bases: list[generation_pb2.ServedBase] = []
         self.has_chat_template = True
         self.endless = self.headless = False
         self.cancelled = threading.Event()
@@ -177,6 +178,7 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
             vocab_size=100,
             has_chat_template=self.has_chat_template,
             engine_ids=["engine-0"],
+            bases=self.bases,
         )
 
     def RegisterAdapter(

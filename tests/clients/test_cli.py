@@ -16,7 +16,7 @@ import pytest
 
 from loraplex import cli
 from loraplex.commands.output import table, width
-from loraplex.v1 import adapter_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2
 from tests.clients.fake import ANSWER, Failure, FakeServer
 
 TEXT = "".join(ANSWER)
@@ -106,6 +106,31 @@ def test_the_table_of_adapters_tells_where_who_and_when(run: Run, server: FakeSe
     assert "LAST USE" in lines[0] and "LEASES" in lines[0]
     assert "n2 disk" in lines[2] and "2 min ago" in lines[2] and "SOURCE_CHANGED" in lines[2] and "never" in lines[3]
     pirate.CopyFrom(before)
+
+
+def test_the_base_of_an_adapter_is_shown_and_can_be_said(run: Run, server: FakeServer) -> None:
+    server.adapters["pirate"].base_name = "org/small"
+    server.adapters["shout"].base_digest = "e" * 64
+    lines = run("adapters", "list")[1].splitlines()
+    assert "BASE" in lines[0] and "org/small" in lines[2] and "e" * 12 in lines[3] and "e" * 13 not in lines[3]
+    assert json.loads(run("adapters", "get", "pirate", "--json")[1])["base_name"] == "org/small"
+    assert run("adapters", "register", "new", "hf://a/b", "--base", "org/small")[0] == 0
+    assert server.requests[-1].base_model == "org/small"
+    assert run("adapters", "register", "new", "hf://a/b")[0] == 0
+    assert not server.requests[-1].HasField("base_model")
+
+
+def test_info_names_every_base(run: Run, server: FakeServer) -> None:
+    assert "also serves" not in run("info")[1]
+    for name, digest in (("tiny", "d" * 64), ("large", "e" * 64)):
+        server.bases.append(
+            generation_pb2.ServedBase(base_model=name, base_digest=digest, engine_ids=[f"engine-{name}"])
+        )
+    lines = run("info")[1].splitlines()
+    assert [line for line in lines if "also serves" in line] == [
+        f"also serves       large, digest {'e' * 12}, on engine-large"
+    ]
+    assert [base["base_model"] for base in json.loads(run("info", "--json")[1])["bases"]] == ["tiny", "large"]
 
 
 def test_credentials_come_from_a_file_and_not_from_an_argument(run: Run, server: FakeServer, tmp_path: Any) -> None:

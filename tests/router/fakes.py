@@ -42,6 +42,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     engine_id: str = "engine-0"
     max_sequences: int = 8
     base_digest: str = "base"
+    base_model: str = "fake"
     word: str = ""
     starts: Callable[[Submission], bool] = lambda submission: True
     fails: dict[str, engine_pb2.SequenceFailed] = field(default_factory=dict)
@@ -84,7 +85,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     async def Dispatch(
         self, requests: AsyncIterator[engine_pb2.DispatchRequest], context: Context
     ) -> AsyncIterator[engine_pb2.DispatchResponse]:
-        model = generation_pb2.GetModelInfoResponse(base_model="fake", base_digest=self.base_digest, vocab_size=5)
+        model = generation_pb2.GetModelInfoResponse(
+            base_model=self.base_model, base_digest=self.base_digest, vocab_size=5
+        )
         ready = engine_pb2.EngineReady(engine_id=self.engine_id, model=model, max_sequences=self.max_sequences)
         yield engine_pb2.DispatchResponse(ready=ready)
         self.running.clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from loraplex.v1 import adapter_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2
 from router import dispatch
 from router.fleet import EngineDown, Fleet, Frame
 from tests.router.fakes import WORDS, FakeEngine, adapter, request, running, until
@@ -279,6 +279,31 @@ async def test_an_adapter_is_answered_by_the_base_it_was_made_for() -> None:
         code, info, _ = await failure(r.generation.Generate(request(adapter_id="ours"), timeout=20))
         assert (code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_ENGINE")
         assert (await r.generation.Generate(request(adapter_id="theirs"), timeout=5)).token_ids
+
+
+async def test_the_base_that_answers_without_an_adapter_can_be_set_and_is_not_replaced() -> None:
+    for named in ("two", "second"):
+        engines = [
+            FakeEngine("engine-0", base_digest="one"),
+            FakeEngine("engine-1", base_digest="two", base_model="second"),
+        ]
+        async with running(engines=engines, default_base=named) as r:
+            await until(lambda: len(r.router.fleet.engines) == 2)
+            info = await r.generation.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=5)
+            assert [(base.base_digest, list(base.engine_ids)) for base in info.bases] == [
+                ("two", ["engine-1"]),
+                ("one", ["engine-0"]),
+            ]
+            assert (info.base_digest, list(info.engine_ids)) == ("two", ["engine-1"])
+            assert (await r.generation.Generate(request(), timeout=5)).completion.receipt.engine_id == "engine-1"
+            await engines[1].stop()
+            await until(lambda: len(r.router.fleet.engines) == 1)
+            for call in (
+                r.generation.Generate(request(), timeout=20),
+                r.generation.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=5),
+            ):
+                code, why, _ = await failure(call)
+                assert (code, why.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_ENGINE")
 
 
 async def test_two_engines_share_the_load() -> None:

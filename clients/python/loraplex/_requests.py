@@ -76,9 +76,11 @@ class GenerateOptions(PromptOptions, total=False):
 class RegisterOptions(CallOptions, total=False):
     """expected_digest: refuse other content. pinned: keep it on the device. weight: share of service, default 1.
 
+    base_model: name or digest of the base it is for, where a server has several; default: what its own files name.
     credentials: the caller's right to read the source; used for this call and not kept.
     """
 
+    base_model: str
     credentials: Credentials
     expected_digest: str
     pinned: bool
@@ -143,7 +145,7 @@ def register_request(
     for name, value in vars(fields.pop("credentials", Credentials())).items():
         if value:
             _set(request.credentials, name, value)
-    _set_all(request, fields, ("expected_digest", "pinned", "weight"))
+    _set_all(request, fields, ("base_model", "expected_digest", "pinned", "weight"))
     return request
 
 

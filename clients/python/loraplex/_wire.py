@@ -23,6 +23,7 @@ from loraplex.types import (
     ModelInfo,
     Receipt,
     Residency,
+    ServedBase,
     Tier,
     Tokenization,
     TokenLogprob,
@@ -81,6 +82,7 @@ def model_info(response: generation_pb2.GetModelInfoResponse) -> ModelInfo:
         has_chat_template=response.has_chat_template,
         engine_ids=tuple(response.engine_ids),
         server_version=response.server_version,
+        bases=tuple(ServedBase(base.base_model, base.base_digest, tuple(base.engine_ids)) for base in response.bases),
     )
 
 
@@ -106,6 +108,8 @@ def adapter(message: adapter_pb2.Adapter) -> Adapter:
         last_use_time=message.last_use_time.ToDatetime(tzinfo=UTC) if message.HasField("last_use_time") else None,
         leases=tuple(Lease(lease.node_id, lease.engine_id) for lease in message.leases),
         failure=_failure(message.failure) if message.HasField("failure") else None,
+        base_digest=message.base_digest,
+        base_name=message.base_name,
     )
 
 

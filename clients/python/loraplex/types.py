@@ -147,8 +147,17 @@ class Tokenization:
 
 
 @dataclass(frozen=True)
+class ServedBase:
+    """A base whose engines are connected."""
+
+    base_model: str
+    base_digest: str
+    engine_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """The base model being served and the limits of a request."""
+    """The base model that answers without an adapter, and the limits of a request; `bases` are all there are, it first."""
 
     base_model: str
     base_digest: str
@@ -161,6 +170,7 @@ class ModelInfo:
     has_chat_template: bool
     engine_ids: tuple[str, ...]
     server_version: str
+    bases: tuple[ServedBase, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,7 +211,11 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A registered adapter. `digest` is the version its id answers with now; `last_use_time` is of any node."""
+    """A registered adapter.
+
+    `digest` is the version its id answers with now; `last_use_time` is of any node. `base_model` is what its own files
+    call its base, `base_name` what the server calls it, and `base_digest` which one that is.
+    """
 
     adapter_id: str
     source_uri: str
@@ -221,6 +235,8 @@ class Adapter:
     last_use_time: datetime | None = None
     leases: tuple[Lease, ...] = ()
     failure: Failure | None = None
+    base_digest: str = ""
+    base_name: str = ""
 
     @property
     def tier(self) -> Tier | None:

@@ -15,7 +15,7 @@ from loraplex.commands.output import Parser, as_json, connect, say, table, write
 from loraplex.types import Adapter, AdapterEvent, AdapterEventKind, Credentials, Tier
 
 HEADERS = (
-    "ADAPTER", "STATE", "TIER", "METHOD", "RANK", "SIZE", "WEIGHT", "PINNED", "LAST USE", "LEASES", "DIGEST", "SOURCE",
+    "ADAPTER", "STATE", "TIER", "METHOD", "RANK", "SIZE", "WEIGHT", "PINNED", "LAST USE", "LEASES", "DIGEST", "BASE", "SOURCE",
 )  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     register = action("register", _register, "register an adapter, or a new version of it")
     register.add_argument("source", metavar="SOURCE", help="a folder on the server's machine, or a URI")
     register.add_argument("--pinned", action="store_true", help="keep it on the device")
+    register.add_argument("--base", metavar="NAME", help="name or digest of its base (default: the one its files name)")
     register.add_argument("--weight", type=float, help="share of service (default: 1)")
     register.add_argument("--expected-digest", metavar="HEX", help="refuse other content; needed for https://")
     register.add_argument(
@@ -55,6 +56,8 @@ def _register(options: argparse.Namespace) -> int:
     request = RegisterOptions()
     if options.pinned:
         request["pinned"] = True
+    if options.base:
+        request["base_model"] = options.base
     if options.weight is not None:
         request["weight"] = options.weight
     if options.expected_digest:
@@ -139,6 +142,7 @@ def _row(adapter: Adapter) -> tuple[object, ...]:
         _ago(adapter.last_use_time),
         len(adapter.leases),
         adapter.digest[:12],
+        adapter.base_name or adapter.base_digest[:12] or "-",
         adapter.source_uri,
     )
 

@@ -1,4 +1,4 @@
-"""loraplex info: the base being served and the limits of a request."""
+"""loraplex info: the base being served and the limits of a request; with several, all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write(as_json(info))
         return 0
-    for name, value in dataclasses.asdict(info).items():
+    fields = dataclasses.asdict(info)
+    del fields["bases"]
+    for name, value in fields.items():
         shown = ", ".join(value) if isinstance(value, tuple) else value
         write(f"{name.replace('_', ' '):18}{shown}\n")
+    # The first is the one shown already.
+    for base in info.bases[1:]:
+        engines = ", ".join(base.engine_ids)
+        write(f"{'also serves':18}{base.base_model}, digest {base.base_digest[:12]}, on {engines}\n")
     return 0

@@ -104,6 +104,7 @@ class Adapter(_message.Message):
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    BASE_NAME_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """1 to 128 characters of letters, digits, ".", "_", "-" and "/", starting
     with a letter or digit.
@@ -138,6 +139,8 @@ class Adapter(_message.Message):
     """What the source said it was when this version was read: a commit, an ETag
     or version ids. Empty when the source has no such thing.
     """
+    base_name: _builtins.str
+    """Name of the base it was validated against, as its engines say."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this version was registered."""
@@ -184,10 +187,11 @@ class Adapter(_message.Message):
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         leases: _abc.Iterable[Global___Lease] | None = ...,
         failure: Global___Failure | None = ...,
+        base_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_digest", b"base_digest", "base_model", b"base_model", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_digest", b"base_digest", "base_model", b"base_model", "base_name", b"base_name", "chat_template", b"chat_template", "create_time", b"create_time", "digest", b"digest", "failure", b"failure", "last_use_time", b"last_use_time", "leases", b"leases", "method", b"method", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "source_revision", b"source_revision", "source_uri", b"source_uri", "state", b"state", "target_modules", b"target_modules", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,6 +363,7 @@ class RegisterAdapterRequest(_message.Message):
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     CREDENTIALS_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id to register it under; see Adapter.adapter_id."""
@@ -374,6 +379,12 @@ class RegisterAdapterRequest(_message.Message):
     """Share of service relative to other adapters, above 0 and at most 1000;
     unset means 1.
     """
+    base_model: _builtins.str
+    """The base to validate it against: name, or digest in hex, whole or its first
+    12 digits or more. Of a name the last part is enough. Unset means the one
+    that the adapter's own files name, where that is a base of this server,
+    else the only base there is.
+    """
     @_builtins.property
     def credentials(self) -> Global___SourceCredentials:
         """The caller's own right to read the source; unset means what the server
@@ -388,16 +399,21 @@ class RegisterAdapterRequest(_message.Message):
         expected_digest: _builtins.str | None = ...,
         pinned: _builtins.bool = ...,
         weight: _builtins.float | None = ...,
+        base_model: _builtins.str | None = ...,
         credentials: Global___SourceCredentials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "credentials", b"credentials", "expected_digest", b"expected_digest", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_expected_digest", b"_expected_digest", "_weight", b"_weight", "base_model", b"base_model", "credentials", b"credentials", "expected_digest", b"expected_digest", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "_weight", b"_weight", "adapter_id", b"adapter_id", "credentials", b"credentials", "expected_digest", b"expected_digest", "pinned", b"pinned", "source_uri", b"source_uri", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_expected_digest", b"_expected_digest", "_weight", b"_weight", "adapter_id", b"adapter_id", "base_model", b"base_model", "credentials", b"credentials", "expected_digest", b"expected_digest", "pinned", b"pinned", "source_uri", b"source_uri", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__base_model: _TypeAlias = _typing.Literal["base_model"]  # noqa: Y015
+    _WhichOneofArgType__base_model: _TypeAlias = _typing.Literal["_base_model", b"_base_model"]  # noqa: Y015
     _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
     _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_model) -> _WhichOneofReturnType__base_model | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
     @_typing.overload

@@ -79,15 +79,15 @@ class AdapterServiceServicer(object):
     """
 
     def RegisterAdapter(self, request, context):
-        """Reads an adapter from its source, validates it against the base, and makes
+        """Reads an adapter from its source, validates it against its base, and makes
         it the version that its id answers with from now on. Registering the same
         content again changes nothing; changed content makes a new version, and
         running requests keep the old one.
 
         Errors:
         - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
-        or networks, https:// without expected_digest, or files that are not a
-        well-formed adapter.
+        or networks, https:// without expected_digest, files that are not a
+        well-formed adapter, or several bases that may be meant.
         - NOT_FOUND: nothing at the source.
         - PERMISSION_DENIED: the source does not let this caller read it; asked
         in every call, also when the adapter is here already.
@@ -97,7 +97,7 @@ class AdapterServiceServicer(object):
         - UNIMPLEMENTED: a source scheme this server is not set up to serve.
         - RESOURCE_EXHAUSTED: no room on disk.
         - UNAVAILABLE: the registry or the source cannot be reached, or no engine
-        has described the base yet; safe to retry.
+        has described the base, or any, yet; safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

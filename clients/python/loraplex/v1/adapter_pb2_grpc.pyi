@@ -36,15 +36,15 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]
-    """Reads an adapter from its source, validates it against the base, and makes
+    """Reads an adapter from its source, validates it against its base, and makes
     it the version that its id answers with from now on. Registering the same
     content again changes nothing; changed content makes a new version, and
     running requests keep the old one.
 
     Errors:
     - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
-      or networks, https:// without expected_digest, or files that are not a
-      well-formed adapter.
+      or networks, https:// without expected_digest, files that are not a
+      well-formed adapter, or several bases that may be meant.
     - NOT_FOUND: nothing at the source.
     - PERMISSION_DENIED: the source does not let this caller read it; asked
       in every call, also when the adapter is here already.
@@ -54,7 +54,7 @@ class AdapterServiceStub:
     - UNIMPLEMENTED: a source scheme this server is not set up to serve.
     - RESOURCE_EXHAUSTED: no room on disk.
     - UNAVAILABLE: the registry or the source cannot be reached, or no engine
-      has described the base yet; safe to retry.
+      has described the base, or any, yet; safe to retry.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Returns one adapter.
@@ -101,15 +101,15 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Reads an adapter from its source, validates it against the base, and makes
+    """Reads an adapter from its source, validates it against its base, and makes
     it the version that its id answers with from now on. Registering the same
     content again changes nothing; changed content makes a new version, and
     running requests keep the old one.
 
     Errors:
     - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
-      or networks, https:// without expected_digest, or files that are not a
-      well-formed adapter.
+      or networks, https:// without expected_digest, files that are not a
+      well-formed adapter, or several bases that may be meant.
     - NOT_FOUND: nothing at the source.
     - PERMISSION_DENIED: the source does not let this caller read it; asked
       in every call, also when the adapter is here already.
@@ -119,7 +119,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     - UNIMPLEMENTED: a source scheme this server is not set up to serve.
     - RESOURCE_EXHAUSTED: no room on disk.
     - UNAVAILABLE: the registry or the source cannot be reached, or no engine
-      has described the base yet; safe to retry.
+      has described the base, or any, yet; safe to retry.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Returns one adapter.
@@ -169,15 +169,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapter_pb2.RegisterAdapterResponse]]:
-        """Reads an adapter from its source, validates it against the base, and makes
+        """Reads an adapter from its source, validates it against its base, and makes
         it the version that its id answers with from now on. Registering the same
         content again changes nothing; changed content makes a new version, and
         running requests keep the old one.
 
         Errors:
         - INVALID_ARGUMENT: bad id or source, a source outside the allowed roots
-          or networks, https:// without expected_digest, or files that are not a
-          well-formed adapter.
+          or networks, https:// without expected_digest, files that are not a
+          well-formed adapter, or several bases that may be meant.
         - NOT_FOUND: nothing at the source.
         - PERMISSION_DENIED: the source does not let this caller read it; asked
           in every call, also when the adapter is here already.
@@ -187,7 +187,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         - UNIMPLEMENTED: a source scheme this server is not set up to serve.
         - RESOURCE_EXHAUSTED: no room on disk.
         - UNAVAILABLE: the registry or the source cannot be reached, or no engine
-          has described the base yet; safe to retry.
+          has described the base, or any, yet; safe to retry.
         """
 
     @_abc_1.abstractmethod

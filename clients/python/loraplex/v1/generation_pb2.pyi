@@ -882,6 +882,7 @@ class GetModelInfoResponse(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     ENGINE_IDS_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    BASES_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
     base_digest: _builtins.str
@@ -906,6 +907,12 @@ class GetModelInfoResponse(_message.Message):
     def engine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the engines that are connected."""
 
+    @_builtins.property
+    def bases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedBase]:
+        """Every base whose engines are connected. The one described above comes first:
+        it answers requests without an adapter.
+        """
+
     def __init__(
         self,
         *,
@@ -920,11 +927,44 @@ class GetModelInfoResponse(_message.Message):
         has_chat_template: _builtins.bool = ...,
         engine_ids: _abc.Iterable[_builtins.str] | None = ...,
         server_version: _builtins.str = ...,
+        bases: _abc.Iterable[Global___ServedBase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_digest", b"base_digest", "base_model", b"base_model", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine_ids", b"engine_ids", "has_chat_template", b"has_chat_template", "max_adapter_rank", b"max_adapter_rank", "server_version", b"server_version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_digest", b"base_digest", "base_model", b"base_model", "bases", b"bases", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine_ids", b"engine_ids", "has_chat_template", b"has_chat_template", "max_adapter_rank", b"max_adapter_rank", "server_version", b"server_version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class ServedBase(_message.Message):
+    """A base whose engines are connected."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    ENGINE_IDS_FIELD_NUMBER: _builtins.int
+    base_model: _builtins.str
+    """Its name."""
+    base_digest: _builtins.str
+    """sha256 of its configuration and weights, in hex."""
+    @_builtins.property
+    def engine_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of its engines."""
+
+    def __init__(
+        self,
+        *,
+        base_model: _builtins.str = ...,
+        base_digest: _builtins.str = ...,
+        engine_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "engine_ids", b"engine_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedBase: _TypeAlias = ServedBase  # noqa: Y015

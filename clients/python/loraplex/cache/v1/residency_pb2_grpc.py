@@ -63,8 +63,11 @@ class ResidencyServiceServicer(object):
         its device and what it needs; the cache tells it what to load and evict.
         The engine keeps what it has when the stream breaks, and reports it again.
 
-        Errors: FAILED_PRECONDITION for a base other than the one this registry
-        serves; ALREADY_EXISTS for an engine id that is attached.
+        Engines of different bases may attach: each is told to load adapters of its
+        own base only.
+
+        Errors: ALREADY_EXISTS for an engine id that is attached; UNAVAILABLE for a
+        base that is not known yet while the registry cannot be reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,7 +77,8 @@ class ResidencyServiceServicer(object):
         """Asks for an adapter version to be brought to an engine's device. Returns at
         once; the loading goes on.
 
-        Errors: NOT_FOUND for a digest that is not registered.
+        Errors: NOT_FOUND for a digest that is not registered; FAILED_PRECONDITION
+        for an engine that serves another base.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,7 +88,8 @@ class ResidencyServiceServicer(object):
         """Tells which adapter versions will be needed on devices, and how soon: who has
         waited longest comes first. It takes the place of what the router said before
         and holds for ten seconds unless it is said again. Versions that are not
-        registered are left out: the router's view may be older than the cache's.
+        registered are left out: the router's view may be older than the cache's. So
+        are those for an engine that serves another base.
 
         Errors: INVALID_ARGUMENT without a router_id.
         """

@@ -203,7 +203,9 @@ class EngineReady(_message.Message):
     """Most sequences that run at the same time, those of all routers together."""
     @_builtins.property
     def model(self) -> _generation_pb2.GetModelInfoResponse:
-        """The base it serves; engine_ids and server_version are left empty."""
+        """The base it serves; engine_ids, server_version and bases are left
+        empty.
+        """
 
     def __init__(
         self,
