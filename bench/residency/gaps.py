@@ -164,7 +164,8 @@ async def _silent_server() -> AsyncIterator[str]:
                 return
 
     async def kept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        # A cancelled one ends like any other: the server is closed then.
+        with suppress(asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             await serve(reader, writer)
 
     server = await asyncio.start_server(kept, "127.0.0.1", 0)
