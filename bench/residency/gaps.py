@@ -61,6 +61,8 @@ def main() -> None:
     variables = {
         "LORAPLEX_ENGINE_THREADS": "1",
         "LORAPLEX_ENGINE_ADAPTER_MEMORY_MIB": "4096",
+        # Named, so that a machine short of memory refuses to start instead of preempting streams.
+        "LORAPLEX_ENGINE_KV_MEMORY_MIB": "1024",
         "LORAPLEX_CACHE_SOURCE_NETWORKS": "127.0.0.0/8",
         "LORAPLEX_CACHE_SOURCE_IDLE_SECONDS": "3600",
     }
