@@ -61,7 +61,7 @@ class Layout:
 
     def arrange(self, numbers: torch.Tensor) -> tuple[Delta | None, ...]:
         """The deltas of an artifact from its numbers [N] as they are in the file."""
-        pieces = iter(numbers.index_select(0, self.order).split(self.sizes))
+        pieces = iter(torch.split(numbers.index_select(0, self.order), self.sizes))
 
         def filled(delta: Delta) -> Delta:
             shrink = next(pieces).view(delta.a.shape)
@@ -114,7 +114,7 @@ class ArtifactReader:
                 header = file.read(min(length, MAX_HEADER))
                 content = torch.empty(max(0, os.fstat(file.fileno()).st_size - 8 - length), dtype=torch.uint8)
                 # Lets other threads run meanwhile.
-                read = file.readinto(memoryview(content.numpy()))
+                read = file.readinto(content.numpy().data)
         except OSError as error:
             raise BadArtifact(f"{real.name} cannot be read: {error}", path=str(real)) from None
         return header, content[:read]
@@ -125,7 +125,7 @@ class ArtifactReader:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         self.pairs(tensors)
         total = sum(tensor.numel() for tensor in tensors.values())
-        places = torch.arange(total, dtype=torch.int32).split([tensor.numel() for tensor in tensors.values()])
+        places = torch.split(torch.arange(total, dtype=torch.int32), [tensor.numel() for tensor in tensors.values()])
         numbered = {name: each.view(tensors[name].shape) for name, each in zip(tensors, places, strict=True)}
         pairs = replace(self, dtype=torch.int32).pairs(numbered)
         return Layout.of([delta_of(*each) for each in zip(self.projections, pairs, strict=True)], self.device)

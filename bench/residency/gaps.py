@@ -86,9 +86,9 @@ async def _measure(stack: Stack, write: Callable[[], list[Path]], arguments: arg
         rounds: dict[str, list[Round]] = {name: [] for name in kinds}
         for number in range(arguments.rounds + 1):
             for name, beside in kinds.items():
-                found = await _round(stack, beside, number, arguments)
+                one = await _round(stack, beside, number, arguments)
                 # The first round warms up.
-                rounds[name] += [found] if number else []
+                rounds[name] += [one] if number else []
     print(f"\n{arguments.streams} streams of {arguments.tokens} tokens, adapters of rank {arguments.rank}")
     print(f"medians of {arguments.rounds} rounds; in brackets: beside the round with nothing that ran just before\n")
     print("| beside the streams | median gap ms | p99 | largest | done meanwhile |\n|---|---|---|---|---|")
