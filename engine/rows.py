@@ -9,10 +9,12 @@ weights.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,52 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import BadArtifact, DeviceFull, StaleRows
-from engine.lora import DeviceAdapter, Projection, TargetModule, delta_of
+from engine.lora import Delta, DeviceAdapter, Part, Projection, TargetModule, delta_of
 
 FORMAT = "loraplex-artifact-1"
+# What safetensors allows.
+MAX_HEADER = 100_000_000
+# So many shapes of adapters are remembered, those of the longest ago are forgotten.
+LAYOUTS = 8
+_METADATA = re.compile(rb'\{"__metadata__":(\{[^{}]*\}),')
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the numbers of an artifact go on the device.
+
+    An artifact has hundreds of tensors. To join and turn each of them by itself takes Python's lock hundreds of times, and
+    the steps, which take it for each of their operations, would wait; so it is one gather over all, which needs no lock.
+
+    Attributes:
+        order: for each number on the device its place in the file, int32.
+        deltas: as they will be, of places instead of numbers.
+        sizes: of the tensors of `deltas`, in numbers, in their order.
+    """
+
+    order: torch.Tensor
+    deltas: tuple[Delta | None, ...]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta | None], device: torch.device) -> Layout:
+        """From deltas of places."""
+        tensors = [tensor for delta in deltas if delta for tensor in (delta.a, *(p.b for p in delta.parts))]
+        order = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+        return cls(order, tuple(deltas), [tensor.numel() for tensor in tensors])
+
+    def arrange(self, numbers: torch.Tensor) -> tuple[Delta | None, ...]:
+        """The deltas of an artifact from its numbers [N] as they are in the file."""
+        pieces = iter(torch.split(numbers.index_select(0, self.order), self.sizes))
+
+        def filled(delta: Delta) -> Delta:
+            shrink = next(pieces).view(delta.a.shape)
+            parts = tuple(Part(p.ranks, p.columns, next(pieces).view(p.b.shape)) for p in delta.parts)
+            return Delta(shrink, parts, delta.span)
+
+        return tuple(delta and filled(delta) for delta in self.deltas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +78,7 @@ class ArtifactReader:
     Attributes:
         host_tier: folder artifacts must lie in once symbolic links are resolved, or a pattern of such folders.
         projections: the base's.
+        layouts: by what the headers of artifacts say beside their digests.
     """
 
     host_tier: str
@@ -42,16 +86,49 @@ class ArtifactReader:
     dtype: torch.dtype
     device: torch.device
     max_rank: int
+    layouts: dict[bytes, Layout] = field(default_factory=dict, kw_only=True, compare=False, repr=False)
 
     def read(self, digest: str, path: str) -> DeviceAdapter:
         """Brings an artifact to the device; raises BadArtifact and names what is wrong with it."""
         real = self.located(path)
+        header, content = self._content(real)
+        metadata = _METADATA.match(header)
+        # Artifacts that differ in their numbers alone have the same header, but for the metadata.
+        key = header[metadata.end() :] if metadata else b""
+        layout = self.layouts.get(key)
+        if metadata and layout:
+            self._check_identity(digest, json.loads(metadata[1]))
+        else:
+            layout = self.layouts[key] = self._layout(real, digest)
+            if len(self.layouts) > LAYOUTS:
+                del self.layouts[next(iter(self.layouts))]
+        if content.numel() != layout.order.numel() * self.dtype.itemsize:
+            raise BadArtifact(f"{real.name} is not as long as it says", path=str(real))
+        return DeviceAdapter(digest, layout.arrange(content.view(self.dtype).to(self.device)), content.nbytes)
+
+    def _content(self, real: Path) -> tuple[bytes, torch.Tensor]:
+        """The header, and what follows it: a copy, as the file may be truncated or removed while it is used."""
+        try:
+            with real.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(min(length, MAX_HEADER))
+                content = torch.empty(max(0, os.fstat(file.fileno()).st_size - 8 - length), dtype=torch.uint8)
+                # Lets other threads run meanwhile.
+                read = file.readinto(content.numpy().data)
+        except OSError as error:
+            raise BadArtifact(f"{real.name} cannot be read: {error}", path=str(real)) from None
+        return header, content[:read]
+
+    def _layout(self, real: Path, digest: str) -> Layout:
+        """Checks an artifact, and finds where its numbers go by doing to their places what is to be done to them."""
         with self.opened(real, digest) as file:
-            tensors = {name: file.get_tensor(name).to(self.device) for name in sorted(file.keys())}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        # Deltas are copies: the file may be truncated or removed while sequences use the adapter.
-        deltas = [delta_of(*pairs) for pairs in zip(self.projections, self.pairs(tensors), strict=True)]
-        return DeviceAdapter(digest, tuple(deltas), size)
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+        self.pairs(tensors)
+        total = sum(tensor.numel() for tensor in tensors.values())
+        places = torch.split(torch.arange(total, dtype=torch.int32), [tensor.numel() for tensor in tensors.values()])
+        numbered = {name: each.view(tensors[name].shape) for name, each in zip(tensors, places, strict=True)}
+        pairs = replace(self, dtype=torch.int32).pairs(numbered)
+        return Layout.of([delta_of(*each) for each in zip(self.projections, pairs, strict=True)], self.device)
 
     def located(self, path: str) -> Path:
         """The file itself; raises BadArtifact when it lies outside of the HOST tier."""

@@ -22,7 +22,12 @@ START_SECONDS = 180
 
 
 class Stack:
-    """A running stack with random adapters registered and on the device. Use as an asynchronous context."""
+    """A running stack with random adapters registered and on the device. Use as an asynchronous context.
+
+    Attributes:
+        client: connected to it.
+        roots: folder that adapters are registered from.
+    """
 
     def __init__(
         self,
@@ -36,45 +41,45 @@ class Stack:
         self._model, self._targets, self._adapters, self._rank = model, targets, adapters, rank
         self._settings, self._preload = settings, preload
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-bench-")
+        self.roots = Path(os.path.realpath(self._folder.name)) / "adapters"
         self.vocab_size = 0
 
     async def __aenter__(self) -> Stack:
-        roots, port = self._start()
-        self._client = AsyncClient(f"127.0.0.1:{port}", timeout=600)
+        port = self._start()
+        self.client = AsyncClient(f"127.0.0.1:{port}", timeout=600)
         deadline = time.monotonic() + START_SECONDS
         while not self.vocab_size:
             try:
-                self.vocab_size = (await self._client.model_info(timeout=1)).vocab_size
+                self.vocab_size = (await self.client.model_info(timeout=1)).vocab_size
             except Exception:
                 if time.monotonic() > deadline or self._process.poll() is not None:
                     sys.stderr.write(self._log.read_text(encoding="utf-8"))
                     raise
                 await asyncio.sleep(0.5)
         for number in range(self._adapters):
-            path = write_peft_folder(roots, number, self._targets, self._rank)
-            await self._client.adapters.register(path.name, path)
-            await self._client.adapters.preload(path.name, self._preload)
+            path = write_peft_folder(self.roots, number, self._targets, self._rank)
+            await self.client.adapters.register(path.name, path)
+            await self.client.adapters.preload(path.name, self._preload)
         return self
 
-    def _start(self) -> tuple[Path, int]:
-        """Starts `loraplex up`; returns the adapters' folder and the port."""
-        folder = Path(os.path.realpath(self._folder.name))
-        roots = folder / "adapters"
-        roots.mkdir()
+    def _start(self) -> int:
+        """Starts `loraplex up`; returns its port."""
+        folder = self.roots.parent
+        self.roots.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "launcher", "--port", str(port), "--model", self._model]
-        command += ["--adapter-root", str(roots), "--data-dir", str(folder / "data"), "--no-demo-adapters"]
+        command += ["--adapter-root", str(self.roots), "--data-dir", str(folder / "data"), "--no-demo-adapters"]
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | self._settings
             )
-        return roots, port
+        return port
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
+        await self.client.close()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
         self._folder.cleanup()
@@ -91,7 +96,7 @@ class Stack:
         """One request; when each of its tokens came."""
         times: list[float] = []
         name = "" if adapter is None else f"random-{adapter:04d}"
-        stream = self._client.stream(token_ids=prompt, adapter=name, max_output_tokens=output_tokens, ignore_eos=True)
+        stream = self.client.stream(token_ids=prompt, adapter=name, max_output_tokens=output_tokens, ignore_eos=True)
         async for delta in stream:
             times += [time.perf_counter()] * len(delta.token_ids)
         return times

@@ -49,6 +49,31 @@ def test_an_adapter_outlives_its_file(tmp_path: Path) -> None:
     assert delta is not None and float(delta.a.sum()) == 12
 
 
+def test_adapters_of_one_shape_come_each_with_their_own_numbers(tmp_path: Path) -> None:
+    one = reader(tmp_path)
+    for seed, rank in ((0, 2), (1, 2), (2, 3), (3, 2)):
+        torch.manual_seed(seed)
+        given = {name: torch.randn_like(value) for name, value in (tensors(rank) | tensors(1, "layers.0.v", 2)).items()}
+        (delta,) = one.read(DIGEST, write(tmp_path, given)).deltas
+        # Joined and turned one by one
+        assert delta is not None
+        assert delta.a.equal(torch.cat([given["layers.0.q.A"], given["layers.0.v.A"]]))
+        assert delta.parts[0].b.equal(given["layers.0.q.B"].t()) and delta.parts[1].b.equal(given["layers.0.v.B"].t())
+
+
+def test_what_is_wrong_with_an_artifact_shows_also_when_its_shape_is_known(tmp_path: Path) -> None:
+    one = reader(tmp_path)
+    path = write(tmp_path, tensors())
+    one.read(DIGEST, path)
+    with pytest.raises(BadArtifact, match="another version"):
+        one.read("e" * 64, path)
+    whole = Path(path).read_bytes()
+    for content in (whole[:-4], whole + bytes(4), whole[:9], b""):
+        Path(path).write_bytes(content)
+        with pytest.raises(BadArtifact):
+            one.read(DIGEST, path)
+
+
 @pytest.mark.parametrize(
     ("content", "metadata", "says"),
     [
