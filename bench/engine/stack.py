@@ -68,7 +68,7 @@ class Stack:
         self.roots.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            port: int = free.getsockname()[1]
         command = [sys.executable, "-m", "launcher", "--port", str(port), "--model", self._model]
         command += ["--adapter-root", str(self.roots), "--data-dir", str(folder / "data"), "--no-demo-adapters"]
         self._log = folder / "log"
