@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Literal
 from bench.engine.adapters import write_peft_folder
 from bench.engine.workload import OUTPUT_TOKENS, Burst, Case, prompts
 from engine.lora import TargetModule
+from launcher.layout import host_tier_of
 from loraplex import AsyncClient
 
 START_SECONDS = 180
@@ -82,6 +84,7 @@ class Stack:
         await self.client.close()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
+        shutil.rmtree(host_tier_of(self.roots.parent / "data"), ignore_errors=True)
         self._folder.cleanup()
 
     async def burst(self, case: Case, seed: int, output_tokens: int = OUTPUT_TOKENS) -> Burst:
