@@ -233,7 +233,9 @@ class Flows:
             self._sweep()
 
     def moved(self, digest: str, where: Where) -> None:
-        """An adapter is on these engines now."""
+        """An adapter is on these engines now. One that has no flow is not remembered: its next request says where it is."""
+        if digest not in self._by_digest:
+            return
         self._where[digest] = where
         for ticket, engine_id in list(self._loading.items()):
             if ticket.digest == digest and (where is None or engine_id in where):

@@ -117,6 +117,15 @@ def test_a_flow_passed_over_keeps_its_turn_and_a_newcomer_does_not_inherit_it() 
     assert serve(flows)[1] == "cold"
 
 
+def test_where_an_adapter_was_before_it_had_requests_does_not_matter() -> None:
+    flows = Flows(TARIFF)
+    # Given that it moved while nobody asked for it, and that its engine came later
+    flows.moved("a", NOWHERE)
+    ticket = flows.enqueue("t", "a", 1.0, ON_DEVICE)
+    # Then its request is picked as one whose adapter is there
+    assert flows.pick(lambda where: where == ON_DEVICE) is ticket
+
+
 def test_cancelled_while_queued_costs_nothing_and_leaves_the_others_in_order() -> None:
     flows = Flows(TARIFF)
     first, second, third = backlog(flows, "t", "a", 3)
