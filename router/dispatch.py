@@ -144,10 +144,14 @@ class Dispatcher:
         while True:
             await self._posted.wait()
             self._posted.clear()
-            while self._inbox:
-                message = self._inbox.popleft()
-                self._handlers[type(message)](message)
-            self._fill()
+            self.turn()
+
+    def turn(self) -> None:
+        """Takes in all that was posted, then gives free places to those who are next. Waits for nothing."""
+        while self._inbox:
+            message = self._inbox.popleft()
+            self._handlers[type(message)](message)
+        self._fill()
 
     def _where(self, digest: str) -> Where:
         """Engines of this loop that have an adapter and take new sequences; None, which is all of them, for the base."""
