@@ -28,7 +28,9 @@ from router.accounts import Where
 # Seconds after which a load does not keep other loads from beginning.
 PATIENCE = 1.0
 # How much more of its places the first choice for a load may have taken than the second.
-_LEAN = 0.25
+_LEAN = 0.125
+# Share of an engine's places that is left when it counts as full.
+_SPARE = 0.125
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +134,10 @@ def next_home(digest: str, where: Where, engines: Sequence[P], homes: int) -> P 
     there = [places for places in engines if places.has(where)]
     others = [places for places in engines if not places.is_draining and not places.has(where)]
     if len(there) >= homes:
-        if any(places.has_room for places in there):
+        least = min(places.load for places in there)
+        if least <= 1 - _SPARE:
             return None
-        others = [places for places in others if places.load <= 1 - _LEAN]
+        others = [places for places in others if places.load <= least - _SPARE]
     ranked = order(digest, others)[:2]
     if len(ranked) == 2 and ranked[0].load > ranked[1].load + _LEAN:
         return ranked[1]

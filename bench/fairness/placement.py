@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.fairness import balancers
 from bench.fairness.cluster import Cluster, Deal, Setting
 from bench.fairness.engine import Job, Model
+from bench.fairness.plot import draw_series
 from bench.fairness.workloads import slora
 from bench.residency.traces import BYTES_PER_RANK, RANKS
 
@@ -25,6 +26,7 @@ ENGINE = Model(
     step=0.0265, per_sequence=0.0007, per_prompt_token=0.000214, kv_tokens=10**9, places=32, step_tokens=512
 )
 GIB = 1 << 30
+HOT = "adapter that is suddenly asked for"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ def imbalance(seen: Seen, window: int = 10) -> float:
     return statistics.fmean(ratios)
 
 
-def first_tokens(cluster: Cluster) -> list[float]:
-    """Seconds to the first token of all that came, sorted; of those that have none yet, the time they have waited."""
-    return sorted((one.first_token or cluster.now) - one.job.arrived for one in cluster.answers)
+def first_tokens(cluster: Cluster, which: Callable[[Job], bool] = lambda job: True) -> list[float]:
+    """Seconds to the first token of those that came, sorted; of those that have none yet, the time they have waited."""
+    return sorted((one.first_token or cluster.now) - one.job.arrived for one in cluster.answers if which(one.job))
 
 
 def main() -> None:
@@ -162,8 +164,39 @@ def _line(start: str, cluster: Cluster, seen: Seen) -> None:
     )
 
 
+def burst(seconds: float = 240.0, seed: int = 1) -> list[Job]:
+    """S-LoRA's trace at a third of what the engines can do, and one adapter that is asked for 0.2 times a second, but 5 times a
+    second from 60 to 120 s."""
+    rng = random.Random(seed)
+    jobs = slora(200, 2.5, seconds, alpha=1.0, seed=seed)
+    moment = 0.0
+    while (moment := moment + rng.expovariate(5.0 if 60 <= moment < 120 else 0.2)) < seconds:
+        jobs.append(Job(moment, "sudden", HOT, rng.randint(8, 512), rng.randint(8, 512)))
+    return sorted(jobs, key=lambda job: job.arrived)
+
+
+def burst_sizes() -> dict[str, int]:
+    return {**sizes_of(200), HOT: 16 * BYTES_PER_RANK}
+
+
 def _burst(folder: Path) -> None:
-    """An adapter that nobody asks for, then eight times a second for a minute, then now and then."""
+    print("\nAn adapter that is asked for 5 times a second from 60 to 120 s, 0.2 times before and after, beside 200 others\n")
+    print(
+        "| placement | engines with a copy at 55 s | most at once | at 240 s | its first token p50 | p99 | the others' p50 | p99 | "
+        "GiB loaded |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    panels = {}
+    for name in ("least requests", "one home each", "one home, bounded", "Loraplex"):
+        cluster, seen = run(WAYS[name], burst(), Setting(ENGINE, burst_sizes()), 240, HOT)
+        panels[name] = {"engines its requests would fill": seen.wanted, "with a copy": seen.copies, "running it": seen.running}
+        times = [first_tokens(cluster, lambda job, hot=hot: (job.adapter == HOT) is hot) for hot in (True, False)]
+        shown = " | ".join(f"{statistics.median(one):.2f} s | {one[int(0.99 * (len(one) - 1))]:.2f} s" for one in times)
+        copies = f"{seen.copies[54]:.0f} | {max(seen.copies):.0f} | {seen.copies[-1]:.0f}"
+        moved = sum(machine.moved_bytes for machine in cluster.machines) / GIB
+        print(f"| {name} | {copies} | {shown} | {moved:.1f} |", flush=True)
+    plot = folder / "fairness-replication.svg"
+    plot.write_text(draw_series("An adapter that is suddenly asked for: engines", panels), encoding="utf-8")
 
 
 if __name__ == "__main__":
