@@ -24,8 +24,6 @@ _SHARE_TO_SERVE = 0.1
 _SHORTEST_RETRY = 0.1
 # Also the answer while nothing is being served at all.
 _LONGEST_RETRY = 30.0
-# Seconds that must have been observed before a rate is believed.
-_ENOUGH = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Newcomer:
-    """A request that wants to wait; `seconds_left` to its deadline, None without one."""
+    """A request that wants to wait.
+
+    Attributes:
+        seconds_left: to its deadline, None without one.
+        answer_seconds: what its answer may take, once its turn has come.
+        per_second: tokens of its tenant that leave the queue per second; None where that is not known.
+    """
 
     tenant: str
     digest: str
     prompt_tokens: int
     seconds_left: float | None = None
+    answer_seconds: float = 0.0
+    per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,34 +72,6 @@ class Reject:
     message: str
     limit: float
     retry_after: float
-
-
-class ServiceRate:
-    """Tokens dispatched per second while requests wait, older ones forgotten exponentially.
-
-    What is served while nothing waits says how much was asked for, not how much could be served.
-    """
-
-    def __init__(self, window: float = 10.0) -> None:
-        self._window = window
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._noted_at: float | None = None
-
-    def note(self, now: float, tokens: int, *, is_busy: bool) -> None:
-        """Requests of so many tokens have left the queue just now; `is_busy`: others still wait."""
-        if self._noted_at is not None:
-            elapsed = max(0.0, now - self._noted_at)
-            kept = math.exp(-elapsed / self._window)
-            self._seconds = self._seconds * kept + elapsed
-            self._tokens = self._tokens * kept + tokens
-        self._noted_at = now if is_busy else None
-
-    def per_second(self, now: float) -> float | None:
-        """None as long as nothing can be said."""
-        idle = max(0.0, now - self._noted_at) if self._noted_at is not None else 0.0
-        seconds = self._seconds + idle
-        return self._tokens / seconds if seconds >= _ENOUGH else None
 
 
 def admit(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: float | None) -> Admit | Reject:
@@ -128,14 +106,22 @@ def _own_limits(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: fl
 
 
 def _deadline(flows: Flows, newcomer: Newcomer, per_second: float | None) -> Reject | None:
-    """Refuses at once whose turn would come too late."""
-    if newcomer.seconds_left is None or not per_second:
+    """Refuses at once whose answer would come too late."""
+    return too_late(newcomer, expected_wait(flows, newcomer, per_second)) if per_second else None
+
+
+def too_late(newcomer: Newcomer, wait: float = 0.0) -> Reject | None:
+    """Refuses a request whose turn comes in so many seconds, if its answer will not be there by its deadline."""
+    if newcomer.seconds_left is None:
         return None
-    wait = expected_wait(flows, newcomer.tenant, newcomer.digest, per_second)
-    if wait <= newcomer.seconds_left:
+    late = wait + newcomer.answer_seconds - newcomer.seconds_left
+    if late <= 0:
         return None
-    text = f"its turn comes in about {wait:.1f} s, and its deadline is in {newcomer.seconds_left:.1f} s"
-    return Reject("DEADLINE_UNREACHABLE", text, newcomer.seconds_left, _between(wait - newcomer.seconds_left))
+    text = (
+        f"its turn comes in about {wait:.1f} s, its answer takes about {newcomer.answer_seconds:.1f} s, "
+        f"and its deadline is in {newcomer.seconds_left:.1f} s"
+    )
+    return Reject("DEADLINE_UNREACHABLE", text, newcomer.seconds_left, _between(late))
 
 
 def _make_room(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: float | None) -> Admit | Reject:
@@ -172,14 +158,22 @@ def share_of(flows: Flows, tenant: str) -> float:
     return weight / (weight + max(0.0, waiting))
 
 
-def expected_wait(flows: Flows, tenant: str, digest: str, per_second: float) -> float:
-    """Seconds until a request that comes now has its turn: what is before it in its flow, at its flow's share; never longer
-    than all that waits."""
-    account, flow = flows.account(tenant), flows.account(tenant, digest)
-    if not isinstance(account, Tenant) or flow is None or not flow.queued:
+def expected_wait(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
+    """Seconds until a request that comes now has its turn. Before it is what waits in its flow and what its flow is ahead by, and
+    as much for each weight that waits beside it; but no more than all that waits of its tenant."""
+    account, flow = flows.account(newcomer.tenant), flows.account(newcomer.tenant, newcomer.digest)
+    if not isinstance(account, Tenant) or not account.queued:
         return 0.0
-    before = min(account.queued_tokens, flow.queued_tokens * max(1.0, account.waiting_weight / flow.weight))
-    return float(min(flows.queued_tokens, before / share_of(flows, tenant)) / per_second)
+    weight, waiting, ahead = 1.0, 0, 0.0
+    if flow:
+        weight, waiting, ahead = flow.weight, flow.queued_tokens, flows.tokens_ahead(flow, account.level)
+    before = (waiting / weight + ahead) * max(account.waiting_weight, weight)
+    return min(account.queued_tokens, before) / _rate_of(flows, newcomer, per_second)
+
+
+def _rate_of(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
+    """Tokens of its tenant that are served per second: as was seen, else its share of all that are."""
+    return newcomer.per_second or share_of(flows, newcomer.tenant) * per_second
 
 
 def _retry(tokens: int, share: float, per_second: float | None) -> float:

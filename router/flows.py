@@ -57,6 +57,7 @@ charging takes O(1).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from router.accounts import Account, Level, Question, Where
 from router.ledger import Ledger, Name
@@ -281,6 +282,10 @@ class Flows:
     def claim(self, account: Account) -> float:
         """What an account has received, and would have received with all it waits for, in weighted tokens."""
         return (account.charge + self._tariff.output * account.queued_tokens / account.weight) / MICRO
+
+    def tokens_ahead(self, account: Account, level: Level[Any]) -> float:
+        """How far an account is above what newcomers to its level are lifted to, in tokens of output for its weight of 1."""
+        return max(0, account.charge - level.level()) / self._tariff.output
 
     def _next(self, level: Level[Tenant], is_open: Question, is_warm: Question) -> Flow | None:
         tenant = level.next(is_open, is_warm, self._window)

@@ -27,10 +27,10 @@ from router.accounts import Where
 
 # Seconds after which a load does not keep other loads from beginning.
 PATIENCE = 1.0
-# How much more of its places the first choice for a load may have taken than the second.
+# How much more of its places an engine may have taken than another before that one is preferred.
 _LEAN = 0.125
-# Share of an engine's places that is left when it counts as full.
-_SPARE = 0.125
+# The same for one that does not have the adapter and would be given a copy.
+_COPY = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -62,9 +62,18 @@ class Places:
     def has_room(self) -> bool:
         return not self.is_draining and len(self.held) + self.kept < self.limit
 
+    @property
+    def has_room_for_all(self) -> bool:
+        """Whether there is room beyond the places that may be kept."""
+        return not self.is_draining and len(self.held) + self._few < self.limit
+
     def keep(self, *, for_newcomers: bool) -> None:
         """Keeps a few of its places, or none, for tenants that have nothing on engines."""
-        self.kept = (self.max_sequences + 8) // 16 if for_newcomers else 0
+        self.kept = self._few if for_newcomers else 0
+
+    @property
+    def _few(self) -> int:
+        return (self.max_sequences + 8) // 16
 
     @property
     def load(self) -> float:
@@ -126,18 +135,18 @@ def is_open(where: Where, engines: Iterable[Places], now: float) -> bool:
 def next_home(digest: str, where: Where, engines: Sequence[P], homes: int) -> P | None:
     """The engine an adapter should be brought to next; None when it need not.
 
-    It should be on `homes` engines, and on one more when none of those it is on has room and another has a good deal: so
-    an engine that many adapters happen to belong to is relieved.
+    It should be on `homes` engines, and on one more when those it is on are as good as full and another is clearly less so:
+    an engine that many adapters happen to belong to is relieved before anyone waits for it.
     """
     if where is None:
         return None
     there = [places for places in engines if places.has(where)]
     others = [places for places in engines if not places.is_draining and not places.has(where)]
     if len(there) >= homes:
-        least = min(places.load for places in there)
-        if least <= 1 - _SPARE:
+        if any(places.has_room_for_all for places in there):
             return None
-        others = [places for places in others if places.load <= least - _SPARE]
+        least = min(places.load for places in there)
+        others = [places for places in others if places.load <= least - _COPY]
     ranked = order(digest, others)[:2]
     if len(ranked) == 2 and ranked[0].load > ranked[1].load + _LEAN:
         return ranked[1]

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from router.accounts import Account, Level, Where
+from router.rate import ServiceRate
 
 # Charges are whole numbers of these per weighted token.
 MICRO = 1_000_000
@@ -45,15 +46,16 @@ class Tariff:
 
 
 class Tenant(Account):
-    """A tenant's account, and its flows."""
+    """A tenant's account, its flows, and how fast it is served."""
 
-    __slots__ = ("flows", "level", "name", "waiting_weight")
+    __slots__ = ("flows", "level", "name", "rate", "waiting_weight")
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
         self.flows: dict[str, Flow] = {}
         self.level: Level[Flow] = Level()
+        self.rate = ServiceRate()
         # Of its flows with requests that wait; for estimates only.
         self.waiting_weight = 0.0
 

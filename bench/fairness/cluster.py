@@ -74,6 +74,7 @@ class Answer:
     ended: float | None = None
     tokens: int = 0
     error: ServiceError | None = None
+    request: Request = field(init=False, repr=False)
 
     def put(self, piece: Piece) -> None:
         if self.first_token is None:
@@ -170,7 +171,7 @@ class Cluster:
         group = self.groups[deal(job.adapter, [group.open for group in self.groups]) if deal else 0]
         deadline = None if self.setting.deadline is None else self.now + self.setting.deadline
         answer = Answer(job, lambda: self.now)
-        request = Request(
+        answer.request = request = Request(
             request_id=str(len(self.answers)),
             tenant=job.tenant,
             adapter=self._adapters[job.adapter],

@@ -22,9 +22,7 @@ from bench.fairness.workloads import slora
 from bench.residency.traces import BYTES_PER_RANK, RANKS
 
 # S-LoRA's engine with a chunk of a prompt in a step, as ours has, and all the room for keys and values it may want.
-ENGINE = Model(
-    step=0.0265, per_sequence=0.0007, per_prompt_token=0.000214, kv_tokens=10**9, places=32, step_tokens=512
-)
+ENGINE = Model(step=0.0265, per_sequence=0.0007, per_prompt_token=0.000214, kv_tokens=10**9, places=32, step_tokens=512)
 GIB = 1 << 30
 HOT = "adapter that is suddenly asked for"
 
@@ -123,7 +121,7 @@ def main() -> None:
     """Prints everything."""
     parser = argparse.ArgumentParser(prog="python -m bench.fairness.placement")
     parser.add_argument("--svg", type=Path, default=Path("."), help="folder for the plot")
-    parser.add_argument("--seconds", type=float, default=200.0, help="length of a trace")
+    parser.add_argument("--seconds", type=float, default=120.0, help="length of a trace")
     arguments = parser.parse_args()
     arguments.svg.mkdir(parents=True, exist_ok=True)
     _traces(arguments.seconds)
@@ -180,7 +178,9 @@ def burst_sizes() -> dict[str, int]:
 
 
 def _burst(folder: Path) -> None:
-    print("\nAn adapter that is asked for 5 times a second from 60 to 120 s, 0.2 times before and after, beside 200 others\n")
+    print(
+        "\nAn adapter that is asked for 5 times a second from 60 to 120 s, 0.2 times before and after, beside 200 others\n"
+    )
     print(
         "| placement | engines with a copy at 55 s | most at once | at 240 s | its first token p50 | p99 | the others' p50 | p99 | "
         "GiB loaded |"
@@ -189,7 +189,11 @@ def _burst(folder: Path) -> None:
     panels = {}
     for name in ("least requests", "one home each", "one home, bounded", "Loraplex"):
         cluster, seen = run(WAYS[name], burst(), Setting(ENGINE, burst_sizes()), 240, HOT)
-        panels[name] = {"engines its requests would fill": seen.wanted, "with a copy": seen.copies, "running it": seen.running}
+        panels[name] = {
+            "engines its requests would fill": seen.wanted,
+            "with a copy": seen.copies,
+            "running it": seen.running,
+        }
         times = [first_tokens(cluster, lambda job, hot=hot: (job.adapter == HOT) is hot) for hot in (True, False)]
         shown = " | ".join(f"{statistics.median(one):.2f} s | {one[int(0.99 * (len(one) - 1))]:.2f} s" for one in times)
         copies = f"{seen.copies[54]:.0f} | {max(seen.copies):.0f} | {seen.copies[-1]:.0f}"

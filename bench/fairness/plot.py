@@ -48,7 +48,8 @@ def _panel(name: str, lines: Mapping[str, Sequence[float]], left: float, scale: 
     for number, (line, series) in enumerate(sorted(lines.items())):
         color = _COLORS[number % len(_COLORS)]
         points = " ".join(
-            f"{left + tick * scale * _WIDTH:.1f},{bottom - value / most * _HEIGHT:.1f}" for tick, value in enumerate(series)
+            f"{left + tick * scale * _WIDTH:.1f},{bottom - value / most * _HEIGHT:.1f}"
+            for tick, value in enumerate(series)
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         parts.append(f'<text x="{at:.0f}" y="{bottom + 34}" fill="{color}">{escape(line)}</text>')

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.admission import Admit, Limits, Newcomer, Reject, ServiceRate, admit, expected_wait
+from router.admission import Admit, Limits, Newcomer, Reject, admit, expected_wait, too_late
 from router.flows import Flows, Tariff
+from router.rate import Pace, ServiceRate
 
 LIMITS = Limits(100, 40, 60, 100_000, 40_000, 60_000)
 
@@ -75,7 +76,7 @@ def test_with_more_weight_one_may_ask_for_more() -> None:
 def test_who_cannot_be_served_in_time_is_told_at_once() -> None:
     # Given 400 tokens of two tenants, at 10 tokens a second: a tenant's share of them takes 40 s
     flows = flows_with(("t", "a", 20), ("u", "a", 20))
-    assert expected_wait(flows, "t", "a", 10.0) == pytest.approx(40.0)
+    assert expected_wait(flows, Newcomer("t", "a", 1), 10.0) == pytest.approx(40.0)
     late = refused(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=15.0), 10.0))
     assert late.reason == "DEADLINE_UNREACHABLE" and late.retry_after == pytest.approx(25.0)
     # But a newcomer need not wait for what the others have queued, nor anyone who has the time
@@ -83,6 +84,52 @@ def test_who_cannot_be_served_in_time_is_told_at_once() -> None:
     assert isinstance(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=60.0), 10.0), Admit)
     # Nor is anyone refused as long as the rate is not known
     assert isinstance(admit(LIMITS, flows, Newcomer("t", "a", 1, seconds_left=0.5), None), Admit)
+
+
+def test_an_answer_must_be_there_by_the_deadline_not_only_its_turn() -> None:
+    flows = flows_with(("t", "a", 20), ("u", "a", 20))
+    newcomer = Newcomer("t", "a", 1, seconds_left=45.0, answer_seconds=4.0)
+    assert isinstance(admit(LIMITS, flows, newcomer, 10.0), Admit)
+    late = refused(admit(LIMITS, flows, replace(newcomer, answer_seconds=8.0), 10.0))
+    assert late.reason == "DEADLINE_UNREACHABLE" and late.retry_after == pytest.approx(3.0)
+    # Nor is one begun, when its turn has come, whose answer would come too late
+    assert too_late(replace(newcomer, seconds_left=7.0, answer_seconds=8.0))
+    assert too_late(replace(newcomer, seconds_left=9.0, answer_seconds=8.0)) is None
+    assert too_late(replace(newcomer, seconds_left=None, answer_seconds=8.0)) is None
+
+
+def test_how_fast_a_tenant_was_served_says_more_than_its_share() -> None:
+    flows = flows_with(("t", "a", 20), ("u", "a", 20))
+    newcomer = Newcomer("t", "a", 1)
+    assert expected_wait(flows, newcomer, 10.0) == pytest.approx(40.0)
+    assert expected_wait(flows, replace(newcomer, per_second=2.0), 10.0) == pytest.approx(100.0)
+    # And as long as nothing was served at all, the share is what there is
+    assert expected_wait(flows, replace(newcomer, per_second=0.0), 10.0) == pytest.approx(40.0)
+
+
+def test_a_flow_that_is_ahead_waits_for_the_others_though_nothing_waits_in_it() -> None:
+    # Given three adapters with 10 requests of 10 tokens each, and one that was served 80 tokens of output just now
+    flows = flows_with(("t", "a", 10), ("t", "b", 10), ("t", "c", 10))
+    ticket = flows.enqueue("t", "served", 1.0, None, 0)
+    assert flows.pick(lambda where: True)
+    while (picked := flows.pick(lambda where: True)) and picked is not ticket:
+        flows.requeue(picked)
+    flows.charge(ticket, 0, 80)
+    flows.end(ticket)
+    # Then another request for it comes after as many of each of the others, and one for a fourth adapter at once
+    assert 200 <= expected_wait(flows, Newcomer("t", "served", 1), 1.0) <= 300
+    assert expected_wait(flows, Newcomer("t", "new", 1), 1.0) == 0.0
+
+
+def test_the_pace_of_answers_is_found() -> None:
+    pace = Pace()
+    assert pace.seconds(100) == 0.0
+    for tokens in (10, 20, 40):
+        pace.note(0.05 * tokens, tokens)
+    assert pace.seconds(100) == pytest.approx(5.0)
+    for _ in range(400):
+        pace.note(2.0, 20)
+    assert pace.seconds(100) == pytest.approx(10.0, rel=0.01)
 
 
 @settings(max_examples=100, deadline=None)

@@ -113,6 +113,19 @@ def test_the_next_home_is_one_that_does_not_have_it() -> None:
     assert next_home("", None, engines, 4) is None
 
 
+def test_an_adapter_on_a_busy_engine_is_brought_to_one_that_is_clearly_less_busy() -> None:
+    busy, other = taken("busy", 32, 30), taken("other", 32, 22)
+    assert next_home("d", frozenset({"busy"}), [busy, other], 1) is other
+    # The last places are kept for newcomers: an engine is as good as full before they are taken
+    assert busy.has_room
+    # Not where there is enough room as it is, nor to one that is little better off
+    busy.held = set(range(27))
+    assert next_home("d", frozenset({"busy"}), [busy, other], 1) is None
+    busy.held = set(range(30))
+    other.held = set(range(23))
+    assert next_home("d", frozenset({"busy"}), [busy, other], 1) is None
+
+
 def test_an_engine_that_goes_moves_only_its_own_adapters() -> None:
     engines = [Places(f"e{n}", 8) for n in range(5)]
     for n in range(500):
