@@ -1,10 +1,11 @@
 """Whether one more request may wait, and who makes room when not all can. PURE.
 
 A request is refused when its tenant's, its adapter's or the whole queue is full, in requests or in tokens, or when at the
-present rate its deadline will have passed before its turn. Where only the whole queue is full, the one who asked for
-most gives way: the tenant that would have received most, by weight, if all that waits were served. If that is the
-newcomer's, the newcomer is refused; otherwise the latest request of that tenant is, with the same status, and its place
-is the newcomer's. So a flood fills the queue with itself and turns away nobody else.
+present rate its deadline will have passed before its answer is there: at once, or when its turn has come after all too late.
+Where only the whole queue is full, the one who asked for most gives way: the tenant that would have received most, by
+weight, if all that waits were served. If that is the newcomer's, the newcomer is refused; otherwise the latest request of
+that tenant is, with the same status, and its place is the newcomer's. So a flood fills the queue with itself and turns away
+nobody else.
 
 Nobody is refused without being told when to come back: the time it takes, at the present rate and share, to serve a tenth
 of what is in the way.
@@ -159,8 +160,8 @@ def share_of(flows: Flows, tenant: str) -> float:
 
 
 def expected_wait(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
-    """Seconds until a request that comes now has its turn. Before it is what waits in its flow and what its flow is ahead by, and
-    as much for each weight that waits beside it; but no more than all that waits of its tenant."""
+    """Seconds until a request that comes now has its turn. Before it is what waits in its flow and what its flow is ahead by,
+    and as much for each weight that waits beside it; but no more than all that waits of its tenant."""
     account, flow = flows.account(newcomer.tenant), flows.account(newcomer.tenant, newcomer.digest)
     if not isinstance(account, Tenant) or not account.queued:
         return 0.0

@@ -282,7 +282,8 @@ class Dispatcher:
         return admit(self._limits, self._flows, self._newcomer(request, now), self._rate.per_second(now))
 
     def _newcomer(self, request: Request, now: float) -> Newcomer:
-        """What admission is to know of a request. Its answer may be as long as its flow's latest, and come at the present pace."""
+        """What admission is to know of a request. Its answer may be as long as its flow's latest, and come at the present
+        pace."""
         tenant = self._flows.account(request.tenant)
         flow = self._flows.account(request.tenant, request.adapter.digest)
         tokens = flow.expected_output if isinstance(flow, Flow) else 0

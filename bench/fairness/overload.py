@@ -1,8 +1,8 @@
-"""python -m bench.fairness.overload: the router's admission before four modelled engines that are asked for twice what they can do.
+"""python -m bench.fairness.overload: the router's admission before four modelled engines that are asked for twice as much.
 
-Five tenants ask for more than their part, one of them for far more. Who waits is gone after a while. Prints who was refused, who
-waited in vain, how the tenants fared, and how long it really took until there was room for those who were told when to come
-back.
+Five tenants ask for more than their part, one of them for far more. Who waits is gone after a while. Prints who was refused,
+who waited in vain, how the tenants fared, and how long it really took until there was room for those who were told when to
+come back.
 """
 
 from __future__ import annotations
@@ -111,11 +111,17 @@ def outcome(cluster: Cluster, first: float, last: float) -> Outcome:
     got: defaultdict[str, float] = defaultdict(float)
     for answer in came:
         got[answer.job.tenant] += answer.service
-    shares = [
-        kinds[kind] / len(came)
-        for kind in ("refused", "refused later", "answered", "missed waiting", "missed answering")
-    ]
-    return Outcome(*shares, 1 - whole / max(1, tokens), whole / (last - first), jain(got.values()))
+    part = {kind: count / len(came) for kind, count in kinds.items()}
+    return Outcome(
+        refused=part.get("refused", 0.0),
+        refused_late=part.get("refused later", 0.0),
+        answered=part.get("answered", 0.0),
+        missed_waiting=part.get("missed waiting", 0.0),
+        missed_answering=part.get("missed answering", 0.0),
+        wasted=1 - whole / max(1, tokens),
+        tokens=whole / (last - first),
+        jain=jain(got.values()),
+    )
 
 
 def jain(values: Iterable[float]) -> float:
@@ -152,8 +158,8 @@ def main() -> None:
         f"Of those that came from {first:g} to {last:g} s\n"
     )
     print(
-        "| the router knows of | refused at once | refused at its turn | answered in time | gone while waiting | gone while answered | "
-        "tokens in vain | tokens/s of whole answers | Jain's index of tenants |"
+        "| the router knows of | refused at once | refused at its turn | answered in time | gone while waiting | "
+        "gone while answered | tokens in vain | tokens/s of whole answers | Jain's index of tenants |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     told = {}
@@ -167,10 +173,12 @@ def main() -> None:
             flush=True,
         )
     print(
-        "\nWhen those that were refused were told to come back, and when there was room for them; medians and 10th to 90th percentile\n"
+        "\nWhen those that were refused were told to come back, and when there was room for them; medians, 10th to 90th "
+        "percentile\n"
     )
     print(
-        "| the router knows of | reason | followed | promised | room after | too early | off by |\n|---|---|---|---|---|---|---|"
+        "| the router knows of | reason | followed | promised | room after | too early | off by |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for name, promises in told.items():
         _promises(name, promises)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -88,9 +89,7 @@ def test_a_request_whose_deadline_cannot_be_met_any_more_is_not_begun() -> None:
     """One engine of one place; a flow whose answers take about 5 s, and a request that has 3 s left when its turn comes."""
     rng = random.Random(1)
     sizes = {"adapter 0": 1 << 20}
-    one = Setting(
-        placement.replace(ENGINE, places=1), sizes, engines=1, deadline=8.0, is_told=True, limits=overload.LIMITS
-    )
+    one = Setting(replace(ENGINE, places=1), sizes, engines=1, deadline=8.0, is_told=True, limits=overload.LIMITS)
     learned = [Job(8.0 * number, "t", "adapter 0", 64, 180) for number in range(5)]
     late = [Job(40.0 + 0.1 * number, "t", "adapter 0", 64, 180 + rng.randint(0, 1)) for number in range(3)]
     cluster = Cluster(one).run([*learned, *late], 80.0)
