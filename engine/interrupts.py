@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Of the time spent in steps, what may be lost; and how many seconds of that can be saved up for a rush.
-SHARE = 0.05
+SHARE = 0.04
 MOST_SAVED = 0.5
 
 # Done to this part, a step is finished.
-FAR = 0.75
+FAR = 0.6
 
 
 # Asked with the part of a pass that is done, from 0 to 1: whether it is given up.

@@ -148,7 +148,7 @@ def test_nobody_has_other_tokens_for_it(engine: Engine, model: Path) -> None:
 
 
 def test_a_step_that_is_nearly_done_is_finished(engine: Engine) -> None:
-    with engine.runner.held(FAR):
+    with engine.runner.held(0.75):
         engine.submit(3, urgent=True)
     engine.router.wait_for_tokens(3, 1)
     assert engine.runner.passes[:2] == [(2, True), (2 + 40, True)]
