@@ -413,3 +413,22 @@ async def test_a_server_must_prove_who_it_is(adapter: Path, tmp_path: Path, monk
             # The name that is asked for must be the certificate's, not only the address behind it.
             with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
                 await sources.look(f"{server.url.replace('127.0.0.1', 'localhost')}/a")
+
+
+async def test_a_handshake_that_takes_too_long_leaves_no_connection_open(tmp_path: Path) -> None:
+    open_connections = asyncio.Semaphore(0)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_connections.release()
+        await reader.read()
+        await open_connections.acquire()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server, web_source(tmp_path, QUICK) as sources:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SourceTooSlow):
+            await sources.look(f"https://127.0.0.1:{port}/a")
+        async with asyncio.timeout(5):
+            while not open_connections.locked():  # noqa: ASYNC110 - the other side's doing
+                await asyncio.sleep(0.01)
