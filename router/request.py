@@ -96,7 +96,7 @@ class Request:
             started = replace(self.started, adapter_wait=self.started.adapter_wait + started.adapter_wait)
         self.started = started
 
-    def sequence(self, sequence_id: int, traceparent: str) -> Sequence:
+    def sequence(self, sequence_id: int, traceparent: str, *, urgent: bool) -> Sequence:
         """What an engine gets to answer it, or to go on with the answer."""
         return Sequence(
             sequence_id=sequence_id,
@@ -106,6 +106,7 @@ class Request:
             traceparent=traceparent,
             answered=self.answered,
             prompt_tokens=self.started.prompt_tokens if self.started else 0,
+            urgent=urgent,
         )
 
     @property
