@@ -21,18 +21,17 @@ from typing import Any
 
 from router import metrics
 from router.accounts import Where
-from router.admission import Admit, Limits, Newcomer, Reject, admit, too_late
+from router.admission import Limits, Reject
 from router.cache_link import Moved
 from router.errors import AnswerLost, Draining, EngineBrokeContract, EngineLost, NoEngine, QueueFull
 from router.fleet import Engine, EngineDown, EngineUp, Frame
 from router.flows import Flows, Ticket
+from router.gate import Gate
 from router.ledger import Begun, Elsewhere
 from router.messages import Completion, Failed, Finished, Output, Started
 from router.placement import Demand, choose, is_open, next_home
-from router.rate import Pace, ServiceRate
 from router.request import Request, State
 from router.seats import Seats
-from router.tickets import Flow, Tenant
 from servicekit.errors import Code, RemoteError, ServiceError
 from servicekit.tracing import context_of, end_span, start_span, traceparent_of
 
@@ -90,12 +89,10 @@ class Dispatcher:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._flows = flows
-        self._limits = limits
         self._view = where
         self._prefetch = prefetch
         self._now = now
-        self._rate = ServiceRate()
-        self._pace = Pace()
+        self.gate = Gate(limits, flows)
         self._seats: dict[Engine, Seats] = {}
         self._queued: dict[int, Request] = {}
         # Requests whose engine was lost while it answered, the first dispatched first.
@@ -208,11 +205,8 @@ class Dispatcher:
         chosen = choose(ticket.digest, where, seats, now, self._demand.homes(ticket.digest))
         if chosen is None:
             raise RuntimeError("a flow was picked that no engine can take")
-        tenant = ticket.flow.tenant
-        tenant.rate.note(now, ticket.waiting_tokens, is_busy=tenant.queued > 0)
-        self._rate.note(now, ticket.waiting_tokens, is_busy=self._flows.queued > 0)
-        if not request.engine and (refusal := too_late(self._newcomer(request, now))):
-            # Work on it would be in vain, and none was done yet.
+        if refusal := self.gate.turn(request, ticket, now):
+            # Nothing was done for it yet.
             self._flows.charge(ticket, 0, 0)
             self._refuse(request, refusal)
             return
@@ -256,7 +250,7 @@ class Dispatcher:
             return
         self._settle()
         adapter = request.adapter
-        decision = self.decide(request)
+        decision = self.gate.decide(request, self._now())
         if isinstance(decision, Reject):
             self._refuse(request, decision)
             return
@@ -277,28 +271,6 @@ class Dispatcher:
         self._demand.add(adapter.digest, self._seats.values())
         request.causes_load = where == frozenset() and self._demand.count(adapter.digest) == 1
         self._look_ahead(request, where)
-
-    def decide(self, request: Request) -> Admit | Reject:
-        """Whether a request that came now might wait; changes nothing."""
-        now = self._now()
-        return admit(self._limits, self._flows, self._newcomer(request, now), self._rate.per_second(now))
-
-    def _newcomer(self, request: Request, now: float) -> Newcomer:
-        """What admission is to know of a request. Its answer may be as long as its flow's latest, and come at the present
-        pace."""
-        tenant = self._flows.account(request.tenant)
-        flow = self._flows.account(request.tenant, request.adapter.digest)
-        tokens = flow.expected_output if isinstance(flow, Flow) else 0
-        if request.most_output_tokens is not None:
-            tokens = min(tokens, request.most_output_tokens)
-        return Newcomer(
-            request.tenant,
-            request.adapter.digest,
-            request.estimated_prompt_tokens,
-            None if request.deadline is None else request.deadline - now,
-            self._pace.seconds(tokens),
-            tenant.rate.per_second(now) if isinstance(tenant, Tenant) else None,
-        )
 
     def _refuse(self, request: Request, why: Reject) -> None:
         self._end(request, QueueFull(why.message, why.reason, why.limit, why.retry_after))
@@ -369,8 +341,7 @@ class Dispatcher:
             return
         if isinstance(end, Finished):
             request.output_tokens = end.output_tokens
-            if request.output_tokens and not request.migrations:
-                self._pace.note(self._now() - request.dispatched_at, request.output_tokens)
+            self.gate.answered(request, self._now())
         self._charge(request)
         self._end(request, self._outcome(request, end, seats.engine_id))
 

@@ -80,7 +80,7 @@ class Promises:
         setting = cluster.setting
         if setting.deadline is not None and setting.is_told:
             answer.request.deadline = cluster.now + setting.deadline
-        if isinstance(cluster.groups[0].dispatcher.decide(answer.request), Reject):
+        if isinstance(cluster.groups[0].dispatcher.gate.decide(answer.request, cluster.now), Reject):
             return False
         assert isinstance(answer.error, QueueFull) and answer.error.retry_after is not None
         assert answer.ended is not None
