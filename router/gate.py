@@ -1,4 +1,4 @@
-"""Who is let into the queue and who is begun, by how fast requests were seen to be served. PURE. The rules are in admission.py."""
+"""Who is let into the queue and who is begun, by how fast requests were seen to be served. PURE. Rules: admission.py."""
 
 from __future__ import annotations
 

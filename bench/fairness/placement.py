@@ -190,18 +190,17 @@ def _burst(folder: Path) -> None:
     panels = {}
     for name in ("least requests", "one home each", "one home, bounded", "Loraplex"):
         cluster, seen = run(WAYS[name], burst(), Setting(ENGINE, burst_sizes()), 240, HOT)
-        panels[name] = {
-            "engines its requests would fill": seen.wanted,
-            "with a copy": seen.copies,
-            "running it": seen.running,
-        }
+        panels[name] = {"needed": seen.wanted, "running it": seen.running, "with a copy": seen.copies}
         times = first_tokens(cluster, {HOT}), first_tokens(cluster, sizes_of(200).keys())
         shown = " | ".join(f"{statistics.median(one):.2f} s | {one[int(0.99 * (len(one) - 1))]:.2f} s" for one in times)
         copies = f"{seen.copies[54]:.0f} | {max(seen.copies):.0f} | {seen.copies[-1]:.0f}"
         moved = sum(machine.moved_bytes for machine in cluster.machines) / GIB
         print(f"| {name} | {copies} | {shown} | {moved:.1f} |", flush=True)
+    title = (
+        "An adapter that is suddenly asked for: engines that its open requests would fill, that run it, that have it"
+    )
     plot = folder / "fairness-replication.svg"
-    plot.write_text(draw_series("An adapter that is suddenly asked for: engines", panels), encoding="utf-8")
+    plot.write_text(draw_series(title, panels), encoding="utf-8")
 
 
 if __name__ == "__main__":
