@@ -308,10 +308,7 @@ class Dispatcher:
         if output.started:
             self._started(request, output.started, seats)
         if output.token_ids or output.text:
-            if request.first_token_at is None:
-                request.first_token_at = self._now()
-            request.answered.extend(output.token_ids)
-            request.output_tokens += len(output.token_ids)
+            request.add(output.token_ids, self._now())
             self._owing.add(request)
         piece = request.piece(output)
         if piece and (error := request.sink.put(piece)):

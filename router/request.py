@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Row
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
@@ -11,7 +12,7 @@ from opentelemetry.trace import Span
 
 from router.errors import IllegalTransition
 from router.flows import MICRO, Ticket
-from router.messages import Completion, Delta, Finished, Output, Piece, Receipt, Sequence, Started, Wire
+from router.messages import Completion, Delta, Finished, Output, Piece, Receipt, Sequence, Started
 from router.registry_view import Adapter
 from servicekit.errors import ServiceError
 
@@ -25,6 +26,8 @@ class State(Enum):
     MOVING = "moving"
     ENDED = "ended"
 
+
+_NO_TOKENS = array("i")
 
 # When its engine is lost, a dispatched request is queued again before its first token, and moves after it.
 _NEXT = {
@@ -52,7 +55,7 @@ class Request:
     tenant: str
     adapter: Adapter
     estimated_prompt_tokens: int
-    wire: Wire
+    wire: bytes
     sink: Sink
     span: Span
     arrived_at: float
@@ -69,8 +72,8 @@ class Request:
     dispatched_at: float = field(default=0.0, init=False)
     first_token_at: float | None = field(default=None, init=False)
     started: Started | None = field(default=None, init=False)
-    # All tokens of the answer, for an engine that is to go on with it.
-    answered: array[int] = field(default_factory=lambda: array("i"), init=False)
+    # All tokens of the answer, for an engine that is to go on with it; one array for all that have none yet.
+    answered: array[int] = field(default_factory=lambda: _NO_TOKENS, init=False)
     # Those, and the end-of-sequence token where there is one.
     output_tokens: int = field(default=0, init=False)
     # Of the prompt, by the engine it is on now; and those that went to the client, whichever engine they came from.
@@ -95,6 +98,14 @@ class Request:
         if self.started is not None:
             started = replace(self.started, adapter_wait=self.started.adapter_wait + started.adapter_wait)
         self.started = started
+
+    def add(self, token_ids: Row[int], now: float) -> None:
+        """Notes tokens of the answer, or text where that comes without any."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.answered = array("i")
+        self.answered.extend(token_ids)
+        self.output_tokens += len(token_ids)
 
     def sequence(self, sequence_id: int, traceparent: str) -> Sequence:
         """What an engine gets to answer it, or to go on with the answer."""
