@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from engine.batch import Batch, Chunk, Single
 from engine.blocks import BLOCK_SIZE
+from engine.interrupts import Interrupted, Stop, never
 from engine.lanes import Lanes, LaneStep
 from engine.pool import KvPool, LayerShape
 
@@ -112,10 +113,15 @@ class Probe:
 
 
 class PagedStep:
-    """Attention of one batch. Index tensors are built once here and used by every layer."""
+    """Attention of one batch. Index tensors are built once here and used by every layer.
 
-    def __init__(self, batch: Batch, pool: KvPool, lanes: Lanes, device: torch.device) -> None:
+    Args:
+        stop: asked before every layer, with the part of the step that is done, whether it is given up.
+    """
+
+    def __init__(self, batch: Batch, pool: KvPool, lanes: Lanes, device: torch.device, stop: Stop = never) -> None:
         self._pool = pool
+        self._stop = stop
         self._slots = torch.tensor(batch.slots, device=device)
         in_lanes, paged = lanes.arrange(batch.singles)
         self._rows: list[_Lanes | _Singles | _Chunk] = [_Lanes(step) for step in in_lanes]
@@ -126,6 +132,9 @@ class PagedStep:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form
     ) -> torch.Tensor:
+        """See Paged. Raises Interrupted when the step is given up."""
+        if self._stop(layer / len(self._pool.layers)):
+            raise Interrupted
         step = _Layer(
             layer,
             query.transpose(0, 1),

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from engine.batch import Batch
+from engine.interrupts import Stop, never
 from engine.live import Live
 from engine.lora import Arranger, DeviceSegment
 from engine.outcome import Outcome, read_logits
@@ -43,6 +44,9 @@ class Launcher(Protocol):
         Args:
             segments: batch.segments with the adapters' tensors.
             lives: has all sequences of the batch.
+
+        Raises:
+            Interrupted: the step was given up; only where it is computed before this returns.
         """
 
 
@@ -66,15 +70,16 @@ class Runs(Protocol):
     @property
     def adapters(self) -> Arranger: ...
 
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
         """Float32 logits of batch.sampled_tokens, then of batch.scored_tokens; see `engine.runner`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Launches steps of a runner that computes them at once."""
+    """Launches steps of a runner that computes them at once; asks `stop` meanwhile, see `engine.runner`."""
 
     runner: Runs
+    stop: Stop
 
     def launch(self, batch: Batch, segments: list[DeviceSegment], lives: Mapping[Sequence, Live]) -> Flight:
-        return Landed(read_logits(batch, self.runner.run(batch, segments), lives))
+        return Landed(read_logits(batch, self.runner.run(batch, segments, self.stop), lives))

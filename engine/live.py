@@ -103,7 +103,14 @@ def open_live(arrival: int, request: Request, connection: Connection, tokenizer:
     """A sequence that has just come, the `arrival`-th of the engine's life. Raises AnswerOver."""
     prompt = list(request.prompt)
     tokens = [*prompt, *request.answered]
-    sequence = Sequence(arrival, request.adapter, tokens, len(prompt), reuse_prefix=not request.prompt_logprobs)
+    sequence = Sequence(
+        arrival,
+        request.adapter,
+        tokens,
+        len(prompt),
+        reuse_prefix=not request.prompt_logprobs,
+        is_urgent=request.urgent,
+    )
     if request.prompt_logprobs:
         sequence.unscored = range(len(prompt) - 1)
     detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.byte_ids)

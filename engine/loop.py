@@ -8,6 +8,8 @@ Where a device can compute while the host thinks, a step is launched before the 
 schedules it without knowing the last tokens, which the device knows. What a step computes for a sequence that turns out
 to have ended is dropped; nobody else can have read it, as steps follow each other on the device.
 
+Where a step is computed at once, it is given up when something urgent comes in; see `engine.interrupts`.
+
 An error in a step ends the sequences that cause it and nothing else: what is left of the step is run without them.
 """
 
@@ -29,6 +31,7 @@ from engine.batch import build_batch
 from engine.blocks import BlockPool
 from engine.errors import AdapterRemoved, AnswerOver, BadLogits, BlocksCorrupt, DeviceFull, StepFailed
 from engine.flight import Flight, Launcher, Waiting
+from engine.interrupts import Interrupted, Interrupts
 from engine.isolation import judge
 from engine.live import Live, open_live
 from engine.lora import DeviceSegment
@@ -96,7 +99,11 @@ class EngineLoop:
         self._arrivals = 0
         self._step = 0
         self._stopping = False
-        self._launcher: Launcher = base.launcher or Waiting(base.runner)
+        self._interrupts = Interrupts()
+        # Whether something urgent has come in that the step which runs does not know of; and whether that may be given up.
+        self._is_pressed = False
+        self._may_stop = False
+        self._launcher: Launcher = base.launcher or Waiting(base.runner, self._should_stop)
         # The step that was launched and is not over, if any.
         self._flight: Flight | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -132,6 +139,8 @@ class EngineLoop:
     def post(self, message: Message) -> None:
         """Hands the loop a message; from any thread."""
         self._inbox.put(message)
+        if isinstance(message, Submit) and message.request.urgent and message.request.adapter in ("", *self.resident):
+            self._is_pressed = True
 
     def _run(self) -> None:
         torch.set_num_threads(self._base.threads)
@@ -148,6 +157,7 @@ class EngineLoop:
 
     def _receive(self) -> None:
         """Handles what is in the inbox; sleeps until there is something when there is nothing to run."""
+        self._is_pressed = False
         if not self._scheduler.has_work and self._inbox.empty():
             self._check_integrity()
             self._round_began = math.inf
@@ -174,6 +184,7 @@ class EngineLoop:
             return
         self._step += 1
         self._note(step)
+        self._may_stop = not step.is_urgent
         attempts = [step.rows]
         while attempts:
             rows = [row for row in attempts.pop() if row.sequence in self._live]
@@ -181,6 +192,11 @@ class EngineLoop:
                 continue
             try:
                 flight = self._launch(rows)
+            except Interrupted:
+                # Nothing is lost but time: what has not been advanced is scheduled again.
+                metrics.interrupted_steps.inc()
+                self._interrupts.lost(time.monotonic() - started)
+                return
             except Exception as error:  # noqa: BLE001 - whatever a model raises
                 # What was launched before is not to blame, and what it brings may end some of these.
                 self._land()
@@ -189,7 +205,13 @@ class EngineLoop:
             metrics.steps.inc()
             self._land()
             self._take_off(flight, [row for row in rows if row.sequence in self._live])
-        metrics.step_seconds.observe(time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._interrupts.stepped(seconds)
+        metrics.step_seconds.observe(seconds)
+
+    def _should_stop(self, progress: float) -> bool:
+        """Whether the step that runs is given up; see `engine.runner`."""
+        return self._is_pressed and self._may_stop and self._interrupts.may_stop(progress)
 
     def _launch(self, rows: list[Row]) -> Flight:
         """Begins one forward pass."""
@@ -202,6 +224,9 @@ class EngineLoop:
 
     def _take_off(self, flight: Flight, rows: list[Row]) -> None:
         """Lets a step run while the next one is prepared, or, where it must not be, waits for it."""
+        for row in rows:
+            if row.sequence.pending > 1 or not row.sequence.output_length:
+                metrics.prompt_tokens.inc(row.count)
         self._scheduler.advance(Step(rows))
         self._flight = flight
         if not flight.may_stay:
@@ -257,8 +282,6 @@ class EngineLoop:
         metrics.cached_tokens.inc(step.cached_tokens)
         metrics.evicted_kv_blocks.inc(step.evictions)
         for row in step.rows:
-            if row.sequence.pending > 1 or not row.sequence.output_length:
-                metrics.prompt_tokens.inc(row.count)
             live = self._live[row.sequence]
             if live.span is None:
                 live.begin_span("prefill")

@@ -25,6 +25,7 @@ class Request:
         trace: the context its spans are children of.
         prompt_logprobs: whether the log probabilities of the prompt are wanted.
         answered: tokens of the answer that another engine has produced and sent.
+        urgent: whether the step that runs may be given up for it.
     """
 
     sequence_id: int
@@ -36,6 +37,7 @@ class Request:
     trace: Context
     prompt_logprobs: bool = False
     answered: tuple[int, ...] = ()
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ resident_adapters = Gauge("loraplex_engine_resident_adapters", "Adapters on the 
 adapter_bytes = Gauge("loraplex_engine_adapter_bytes", "Device memory held by adapters.")
 
 steps = Counter("loraplex_engine_steps", "Forward passes.")
+interrupted_steps = Counter(
+    "loraplex_engine_interrupted_steps", "Forward passes that were given up for an urgent prompt and begun again."
+)
 failed_steps = Counter("loraplex_engine_failed_steps", "Forward passes that raised.")
 prompt_tokens = Counter("loraplex_engine_prompt_tokens", "Prompt tokens computed, recomputation included.")
 cached_tokens = Counter("loraplex_engine_prefix_cache_hit_tokens", "Tokens found in the prefix cache, not computed.")

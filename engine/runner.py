@@ -9,6 +9,7 @@ import torch
 
 from engine.attention import PagedStep
 from engine.batch import Batch
+from engine.interrupts import Stop, never
 from engine.lanes import Lanes
 from engine.linear import ActiveAdapters
 from engine.lora import Arranger, DeviceSegment
@@ -27,7 +28,7 @@ class Runner:
     device: torch.device
 
     @torch.inference_mode()
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
         """One forward pass.
 
         Returns float32 logits of batch.sampled_tokens, then of batch.scored_tokens: [as many as both, vocab_size].
@@ -35,6 +36,11 @@ class Runner:
         Args:
             batch: the step.
             segments: batch.segments with the adapters' tensors.
+            stop: asked again and again, with the part of the pass that is done, whether it is given up.
+
+        Raises:
+            Interrupted: it was given up.
+            what the model raises.
         """
         self.active.deltas = self.adapters.arrange(segments)
         try:
@@ -45,7 +51,7 @@ class Runner:
                 logits_to_keep=torch.tensor(
                     batch.sampled_tokens + batch.scored_tokens, dtype=torch.long, device=self.device
                 ),
-                paged=PagedStep(batch, self.pool, self.lanes, self.device),
+                paged=PagedStep(batch, self.pool, self.lanes, self.device, stop),
             )
         finally:
             self.active.deltas = ()

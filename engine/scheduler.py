@@ -12,6 +12,8 @@ they may still produce) with one spare block per running sequence left over. A s
    the rest, those with the fewest tokens to go first; what they leave is the oldest's as well.
 So a prompt is through after as many steps as half of that goes into its own tokens and those of older prompts, each
 rounded up, whatever comes later; and into its own and those of shorter ones, whatever came earlier.
+Prompts of urgent sequences have the chunks of a step to themselves, but never those of two steps in a row while others
+want some: for the others that makes it twice as many steps, at most.
 
 A sequence in prefill goes on from the longest prefix that is in the pool, whoever computed it, at admission as at every
 step after; and it sits out a step that computes its next block for another, which, where half of the tokens fill a
@@ -73,6 +75,11 @@ class Step:
     cached_tokens: int = 0
     evictions: int = 0
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether an urgent prompt is in it."""
+        return any(_is_urgent(row.sequence) for row in self.rows)
+
 
 class Scheduler:
     """Owns the sequences and their blocks; without `prefix_cache` no two sequences share one."""
@@ -87,6 +94,8 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._prefix_cache = prefix_cache
         self._cached_tokens = 0
+        # Whether the latest step that ran had an urgent prompt in it.
+        self._gave_way = False
 
     @property
     def has_work(self) -> bool:
@@ -135,6 +144,7 @@ class Scheduler:
 
     def advance(self, step: Step) -> None:
         """Notes that the tokens of a step have their keys and values now, and publishes the blocks they filled."""
+        self._gave_way = step.is_urgent
         for row in step.rows:
             row.sequence.computed = row.start + row.count
             if self._prefix_cache:
@@ -207,6 +217,8 @@ class Scheduler:
         prefilling = list(filter(_in_prefill, self.running))
         if not prefilling:
             return []
+        if not self._gave_way:
+            prefilling = list(filter(_is_urgent, prefilling)) or prefilling
         oldest, *others = prefilling
         sure = min(oldest.pending, -(-budget // 2))
         budget -= sure
@@ -269,6 +281,11 @@ def _in_decode(sequence: Sequence) -> bool:
 
 def _in_prefill(sequence: Sequence) -> bool:
     return sequence.pending > 1
+
+
+def _is_urgent(sequence: Sequence) -> bool:
+    """Whether other prompts wait for its own; it is not urgent any more with its first token."""
+    return sequence.is_urgent and _in_prefill(sequence) and not sequence.output_length
 
 
 def _cacheable(sequence: Sequence) -> int:

@@ -70,6 +70,7 @@ class Sequence:
         cached_tokens: tokens of the prompt taken over so before its first token; recomputation does not count.
         unscored: places of the prompt whose logits are still to be read, for the log probability of the token after
             each. Never those read already: recomputation does not repeat them.
+        is_urgent: whether other prompts wait for its own.
         is_closing: whether the token that is not known yet ends the answer, whatever it is.
     """
 
@@ -84,6 +85,7 @@ class Sequence:
     reuse_prefix: bool = True
     cached_tokens: int = 0
     unscored: range = range(0)
+    is_urgent: bool = False
     is_closing: bool = False
     state: State = State.WAITING_ADAPTER
     _prefix_keys: list[bytes] = field(default_factory=list, init=False)

@@ -63,6 +63,7 @@ def read_request(submit: wire.SubmitSequence, prompt: Sequence[int], base: Base,
         # All of them come before the first token: whoever has one has them.
         prompt_logprobs=request.output.prompt_logprobs and not answered,
         answered=answered,
+        urgent=submit.urgent,
     )
 
 

@@ -221,7 +221,9 @@ class Dispatcher:
             self._flows.loading(request.ticket, seats.engine_id)
         self._next_stage(request, "dispatch")
         traceparent = traceparent_of(request.stage_span) if request.stage_span else ""
-        engine.submit(request.sequence(request.sequence_id, traceparent))
+        # Where nobody else is known, nobody else's steps are to be given up for it.
+        urgent = self._flows.is_shared and request.ticket is not None and request.ticket.is_first
+        engine.submit(request.sequence(request.sequence_id, traceparent, urgent=urgent))
 
     def _charge(self, request: Request) -> None:
         self._owing.discard(request)

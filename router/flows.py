@@ -292,7 +292,8 @@ class Flows:
         self.level.served(tenant)
         tenant.level.served(flow)
         ticket = next(iter(flow.queue.values()))
-        if not tenant.running:
+        ticket.is_first = not tenant.running
+        if ticket.is_first:
             for where in tenant.level.wheres:
                 self._newcomers.leave(tenant, where)
         flow.running += 1

@@ -97,6 +97,7 @@ class Sequence:
     traceparent: str
     answered: Row[int] = ()
     prompt_tokens: int = 0
+    urgent: bool = False
 
 
 @dataclass(slots=True)

@@ -107,7 +107,7 @@ class Request:
         self.answered.extend(token_ids)
         self.output_tokens += len(token_ids)
 
-    def sequence(self, sequence_id: int, traceparent: str) -> Sequence:
+    def sequence(self, sequence_id: int, traceparent: str, *, urgent: bool) -> Sequence:
         """What an engine gets to answer it, or to go on with the answer."""
         return Sequence(
             sequence_id=sequence_id,
@@ -117,6 +117,7 @@ class Request:
             traceparent=traceparent,
             answered=self.answered,
             prompt_tokens=self.started.prompt_tokens if self.started else 0,
+            urgent=urgent,
         )
 
     @property

@@ -100,6 +100,7 @@ class Ticket:
         cost: of its work, in micro-tokens.
         paid: what its flow was charged, in micro-tokens after the flow's weight; in advance, that may be above `charged`.
         waiting_tokens: what it adds to the tokens that wait while it does.
+        is_first: whether its tenant had nothing else on engines when it was picked.
         paid_by_tenant: what its tenant was charged, after the tenant's weight.
     """
 
@@ -113,6 +114,7 @@ class Ticket:
     paid: int = 0
     paid_by_tenant: int = 0
     waiting_tokens: int = 0
+    is_first: bool = False
     _ratio: tuple[int, int] = (1, 1)
     _tenant_ratio: tuple[int, int] = (1, 1)
 

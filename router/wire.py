@@ -112,6 +112,7 @@ def submit_message(sequence: Sequence) -> engine_pb2.DispatchRequest:
             chat_template=sequence.chat_template,
             traceparent=sequence.traceparent,
             continuation=continuation,
+            urgent=sequence.urgent,
         )
     )
 

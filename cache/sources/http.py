@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -133,13 +134,41 @@ class _GuardedBackend(AsyncNetworkBackend):
                 "ADDRESS_REFUSED",
                 host=shown(host),
             )
-        return await self._backend.connect_tcp(str(addresses[0]), port, timeout, local_address, socket_options)
+        return _Stream(await self._backend.connect_tcp(str(addresses[0]), port, timeout, local_address, socket_options))
 
     def _allowed(self, address: Address) -> bool:
         inner = getattr(address, "ipv4_mapped", None) or address
         if any(inner in network for network in self._networks if network.version == inner.version):
             return True
         return self._public and inner.is_global and not inner.is_multicast
+
+
+class _Stream(AsyncNetworkStream):
+    """A connection that is closed when a deadline ends its TLS handshake; httpcore leaves that to the garbage collector."""
+
+    def __init__(self, stream: AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> AsyncNetworkStream:
+        try:
+            return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            await self._stream.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 async def _resolve(host: str, port: int) -> list[Address]:

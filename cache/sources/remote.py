@@ -24,8 +24,7 @@ async def look(
     downloads: Downloads, client: HttpClient, source_uri: str, file: MakeFile, names: Mapping[str, int]
 ) -> str:
     """See Source.look. `file` makes the RemoteFile of a name."""
-    held = await asyncio.gather(*(_head(downloads, client, file(name)) for name in names))
-    found = dict(zip(names, held, strict=True))
+    found = await _heads(downloads, client, [file(name) for name in names])
     if found[CONFIG] is None and found[WEIGHTS] is None:
         raise SourceNotFound(source_uri, f"there is no {CONFIG} and no {WEIGHTS}")
     tags = {name: strong_etag(headers) for name, headers in found.items() if headers is not None}
@@ -48,6 +47,18 @@ async def fetch(
             found[name] = content
     pickle = "" if WEIGHTS in found else await _pickle(downloads, client, lambda name: file(name, ""))
     return adapter_files(found, pickle)
+
+
+async def _heads(
+    downloads: Downloads, client: HttpClient, files: list[RemoteFile]
+) -> dict[str, Mapping[str, str] | None]:
+    """Headers by name. When one cannot be had, nothing is asked any more by the time that is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            asked = {file.name: group.create_task(_head(downloads, client, file)) for file in files}
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return {name: task.result() for name, task in asked.items()}
 
 
 async def _head(downloads: Downloads, client: HttpClient, file: RemoteFile) -> Mapping[str, str] | None:

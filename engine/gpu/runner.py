@@ -20,6 +20,7 @@ from engine.gpu.graphs import CudaGraphs, DirectGraphs, Graphs
 from engine.gpu.sampling import BROKEN, Asked, Mode
 from engine.gpu.shape import Shape
 from engine.gpu.upload import HOSTS, Tables, Upload, event
+from engine.interrupts import Stop, never
 from engine.kernels.attention.launch import prefill_rows, splits_for
 from engine.linear import ActiveAdapters
 from engine.live import Live
@@ -82,8 +83,8 @@ class GpuRunner:
         self._turn = 0
 
     @torch.inference_mode()
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
-        """Float32 logits of batch.sampled_tokens, then of batch.scored_tokens, on the device."""
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
+        """Float32 logits of batch.sampled_tokens, then of batch.scored_tokens, on the device. Nothing is given up here."""
         return self.compute(batch, segments, None)
 
     @torch.inference_mode()

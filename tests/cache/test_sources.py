@@ -36,8 +36,9 @@ from cache.sources import (
     Sources,
     download,
     read_credentials,
+    remote,
 )
-from cache.sources.download import Downloads
+from cache.sources.download import Downloads, RemoteFile
 from cache.sources.hub import HubSource
 from cache.sources.web import WebSource
 from servicekit.errors import InvalidField, NotImplementedYet, StartupError
@@ -46,6 +47,8 @@ from tests.cache.stand_ins import COMMIT, Hub, Web, serving
 
 LOOPBACK = [ipaddress.ip_network("127.0.0.0/8")]
 QUICK = Limits(1.0, 0.4, 3.0, 1 << 24, 2)
+# For what is not about deadlines.
+PATIENT = Limits(30.0, 30.0, 60.0, 1 << 24, 2)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -360,6 +363,21 @@ def test_the_servers_own_rights_are_for_what_they_were_given(tmp_path: Path) -> 
     assert GivenCredentials().of("hf://a/b") == NO_CREDENTIALS
 
 
+async def test_a_folder_that_cannot_be_looked_at_leaves_no_question_open() -> None:
+    class Broken:
+        async def head(self, _: Any, file: RemoteFile) -> None:
+            await asyncio.sleep(0 if file.name == "adapter_config.json" else 3600)
+            raise SourceUnreachable("https://a/b", "it is down")
+
+    def file(name: str) -> RemoteFile:
+        return RemoteFile("https://a/b", name, f"https://a/b/{name}", 10, lambda _, headers: headers)
+
+    before = asyncio.all_tasks()
+    with pytest.raises(SourceUnreachable):
+        await remote.look(Broken(), None, "https://a/b", file, Limits().files)  # type: ignore[arg-type]
+    assert asyncio.all_tasks() == before
+
+
 # TLS
 
 
@@ -386,12 +404,31 @@ async def test_a_server_must_prove_who_it_is(adapter: Path, tmp_path: Path, monk
     file = certificate_for_loopback(tmp_path)
     with serving(Web(), certificate=file) as server:
         server.put(adapter, "/a")
-        async with web_source(tmp_path) as sources:
+        async with web_source(tmp_path, PATIENT) as sources:
             with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
                 await sources.look(f"{server.url}/a")
         monkeypatch.setenv("SSL_CERT_FILE", str(file))
-        async with web_source(tmp_path) as sources:
+        async with web_source(tmp_path, PATIENT) as sources:
             assert same(await read(sources, f"{server.url}/a"), adapter)
             # The name that is asked for must be the certificate's, not only the address behind it.
             with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
                 await sources.look(f"{server.url.replace('127.0.0.1', 'localhost')}/a")
+
+
+async def test_a_handshake_that_takes_too_long_leaves_no_connection_open(tmp_path: Path) -> None:
+    open_connections = asyncio.Semaphore(0)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_connections.release()
+        await reader.read()
+        await open_connections.acquire()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server, web_source(tmp_path, QUICK) as sources:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SourceTooSlow):
+            await sources.look(f"https://127.0.0.1:{port}/a")
+        async with asyncio.timeout(5):
+            while not open_connections.locked():  # noqa: ASYNC110 - the other side's doing
+                await asyncio.sleep(0.01)

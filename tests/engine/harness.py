@@ -85,11 +85,11 @@ def request(prompt: list[int], adapter: str = "", sequence_id: int = 1, **given:
         "eos_ids": frozenset({0}),
         "include_stop": False,
     }
-    prompt_logprobs = given.pop("prompt_logprobs", False)
+    prompt_logprobs, urgent = given.pop("prompt_logprobs", False), given.pop("urgent", False)
     stopping |= {key: given.pop(key) for key in list(given) if key in stopping}
     return Request(
         sequence_id, adapter, tuple(prompt), Sampling(**given), Stopping(**stopping), time.monotonic(), Context(),
-        prompt_logprobs,
+        prompt_logprobs, urgent=urgent,
     )  # fmt: skip
 
 

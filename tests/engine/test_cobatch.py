@@ -187,13 +187,14 @@ class Chaos:
         self.done += 1
 
     def run(self, engine: InProcess, catalogue: list[Asked], numbers: range, most_open: int) -> None:
-        """Submits random requests, cancels every seventh or so, and returns when all have ended."""
+        """Submits random requests, some urgent, cancels every seventh or so, and returns when all have ended."""
         for number in numbers:
             asked = self.rng.choice(catalogue)
             with self.changed:
                 assert self.changed.wait_for(lambda: len(self.open) < most_open, 60)
                 self.open[number] = asked, 0
-            engine.loop.post(Submit(self, dataclasses.replace(asked.request, sequence_id=number)))
+            urgent = self.rng.random() < 0.2
+            engine.loop.post(Submit(self, dataclasses.replace(asked.request, sequence_id=number, urgent=urgent)))
             if self.rng.random() < 0.15:
                 with self.changed:
                     self.changed.wait(self.rng.random() * 0.004)
@@ -215,6 +216,7 @@ def test_thousands_of_requests_with_cancels_and_preemptions_leave_nothing_behind
         tmp_path_factory.mktemp("chaos"), 2, 20, 60, num_hidden_layers=1, hidden_size=16, intermediate_size=24
     )
     before, alive = metric("preemptions_total"), sequences_alive()
+    given_up = metric("interrupted_steps_total")
     chaos = Chaos(random.Random(3))
     with place.engine(11, max_sequences=12, step_tokens=48) as engine:
         chaos.run(engine, place.catalogue, range(CHAOS_REQUESTS // 4), 40)
@@ -230,5 +232,7 @@ def test_thousands_of_requests_with_cancels_and_preemptions_leave_nothing_behind
         assert load.free_blocks == load.total_blocks
         engine.loop._scheduler.check_integrity()
     assert sequences_alive() == alive
+    # Otherwise it was no test of these
     assert metric("preemptions_total") - before > CHAOS_REQUESTS // 100
+    assert metric("interrupted_steps_total") - given_up > 10
     assert late - early < 8 << 20

@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import Batch
 from engine.flight import Runs
+from engine.interrupts import Stop, never
 from engine.lora import DeviceSegment
 from engine.messages import Failed, Submit
 from engine.model import Base
@@ -30,9 +31,9 @@ class FaultyRunner:
         self.fault: Fault = lambda batch: None
         self.passes = 0
 
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
         self.passes += 1
-        logits = self._runner.run(batch, segments)
+        logits = self._runner.run(batch, segments, stop)
         self.fault(batch)
         return logits
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from engine.answer import FinishReason
 from engine.batch import Batch
 from engine.flight import Runs
+from engine.interrupts import Stop, never
 from engine.lora import DeviceSegment
 from engine.messages import Cancel, Evict, Evicted, Submit
 from tests.engine.harness import Collected, InProcess, Router, request, tiny_base
@@ -106,8 +107,8 @@ class Culprit:
         self.pool, self.adapters = runner.pool, runner.adapters
         self._how = how
 
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
-        logits = self._runner.run(batch, segments).clone()
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
+        logits = self._runner.run(batch, segments, stop).clone()
         for index, row in enumerate(batch.sampled):
             if row.sequence.tokens[0] == 13:
                 if self._how == "raise":

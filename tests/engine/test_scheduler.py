@@ -211,6 +211,77 @@ def test_a_prompt_waits_for_twice_the_older_ones_or_twice_the_shorter_ones_at_mo
         assert through[arrival] <= min(of_older, of_shorter)
 
 
+def test_an_urgent_prompt_has_the_chunks_of_a_step_to_itself() -> None:
+    # Given streams in decode and prompts on their way
+    scheduler = Scheduler(BlockPool(1000), 16, 64)
+    streams = [make(arrival, 1) for arrival in range(4)]
+    prompts = [make(arrival, 100) for arrival in range(4, 8)]
+    for sequence in (*streams, *prompts):
+        scheduler.add(sequence)
+    finish_step(scheduler, scheduler.schedule())
+    # When an urgent one comes whose prompt fits a step
+    urgent = make(9, 50)
+    urgent.is_urgent = True
+    scheduler.add(urgent)
+    step = scheduler.schedule()
+    # Then nothing but decode is beside it
+    assert {row.sequence.arrival: row.count for row in step.rows} == {0: 1, 1: 1, 2: 1, 3: 1, 9: 50}
+    assert step.is_urgent
+    # And with its first token it is like any other
+    finish_step(scheduler, step)
+    step = scheduler.schedule()
+    assert not step.is_urgent and sum(row.count for row in step.rows) == 64
+
+
+def test_a_step_that_was_given_up_is_scheduled_again() -> None:
+    scheduler = Scheduler(BlockPool(100), 4, 64)
+    old, urgent = make(0, 40), make(1, 20)
+    urgent.is_urgent = True
+    scheduler.add(old)
+    assert [(row.start, row.count) for row in scheduler.schedule().rows] == [(0, 40)]
+    scheduler.add(urgent)
+    assert [(row.sequence, row.start, row.count) for row in scheduler.schedule().rows] == [(urgent, 0, 20)]
+    step = scheduler.schedule()
+    finish_step(scheduler, step)
+    assert [(row.sequence, row.start, row.count) for row in scheduler.schedule().rows] == [
+        (urgent, 20, 1),
+        (old, 0, 40),
+    ]
+    scheduler.check_integrity()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(2, 300), min_size=1, max_size=6),
+    st.lists(st.integers(2, 300), max_size=6),
+    st.integers(8, 64),
+)
+def test_urgent_prompts_double_the_wait_of_others_at_most(
+    prompts: list[int], urgent: list[int], step_tokens: int
+) -> None:
+    scheduler = Scheduler(BlockPool(1000), 16, 16 + step_tokens)
+    sequences = [make(arrival, prompt) for arrival, prompt in enumerate(prompts + urgent)]
+    for sequence in sequences:
+        sequence.is_urgent = sequence.arrival >= len(prompts)
+        scheduler.add(sequence)
+    through: dict[int, int] = {}
+    now, in_a_row = 0, 0
+    while scheduler.has_work:
+        now += 1
+        step = scheduler.schedule()
+        others = any(sequence.pending > 1 and not sequence.is_urgent for sequence in scheduler.running)
+        in_a_row = in_a_row + 1 if step.is_urgent and not any(
+            row.count > 1 and not row.sequence.is_urgent for row in step.rows
+        ) else 0  # fmt: skip
+        assert in_a_row < 2 or not others
+        for sequence in finish_step(scheduler, step):
+            through[sequence.arrival] = now
+            scheduler.remove(sequence)
+    for arrival in range(len(prompts)):
+        of_older = arrival + 1 + sum(-(-older // -(-step_tokens // 2)) for older in prompts[: arrival + 1])
+        assert through[arrival] <= 2 * of_older
+
+
 def test_when_blocks_run_out_the_newest_is_computed_again() -> None:
     # Given two sequences that fill the pool but for the spare block of the second's admission
     scheduler = Scheduler(BlockPool(3), 2, 64)

@@ -124,3 +124,32 @@ def test_a_malformed_weight_of_a_tenant_is_refused(text: str) -> None:
 def test_a_tenant_has_one_weight() -> None:
     with pytest.raises(ValueError, match="once for a name"):
         Settings(tenant_weights=("t=1", "t=2"))
+
+
+async def test_who_has_nothing_on_engines_is_urgent_there_while_others_are_served() -> None:
+    engine = FakeEngine(max_sequences=6)
+    async with running(engines=[engine]) as r:
+        engine.stepping.clear()
+
+        async def urgent(tenant: str) -> bool:
+            before = len(engine.submitted)
+            call = ask(r, tenant)
+            calls.append(call)
+            await until(lambda: len(engine.submitted) == before + 1)
+            return engine.submitted[-1].urgent
+
+        calls: list[Any] = []
+        # Nobody else is known yet, and then: the first of a tenant is, its second is not.
+        assert not await urgent("flood")
+        assert not await urgent("flood")
+        assert await urgent("modest")
+        assert not await urgent("modest")
+        assert not await urgent("flood")
+        engine.stepping.set()
+        await asyncio.gather(*calls)
+        # All has been answered: it is the first again.
+        engine.stepping.clear()
+        calls.clear()
+        assert await urgent("modest")
+        engine.stepping.set()
+        await asyncio.gather(*calls)

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1floraplex/engine/v1/engine.proto\x12\x12loraplex.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cloraplex/v1/generation.proto\"\x88\x01\n\x0f\x44ispatchRequest\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".loraplex.engine.v1.SubmitSequenceH\x00\x12\x34\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\".loraplex.engine.v1.CancelSequenceH\x00\x42\t\n\x07message\"\xd0\x01\n\x0eSubmitSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x15\n\rchat_template\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x36\n\x0c\x63ontinuation\x18\x06 \x01(\x0b\x32 .loraplex.engine.v1.Continuation\"8\n\x0c\x43ontinuation\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\"\x7f\n\x10\x44ispatchResponse\x12\x30\n\x05ready\x18\x01 \x01(\x0b\x32\x1f.loraplex.engine.v1.EngineReadyH\x00\x12.\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1d.loraplex.engine.v1.StepFrameH\x00\x42\t\n\x07message\"i\n\x0b\x45ngineReady\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x30\n\x05model\x18\x02 \x01(\x0b\x32!.loraplex.v1.GetModelInfoResponse\x12\x15\n\rmax_sequences\x18\x03 \x01(\x05\"\x8e\x01\n\tStepFrame\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x33\n\x07outputs\x18\x02 \x03(\x0b\x32\".loraplex.engine.v1.SequenceOutput\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.loraplex.engine.v1.EngineLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\xd4\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x34\n\x07started\x18\x05 \x01(\x0b\x32#.loraplex.engine.v1.SequenceStarted\x12\x38\n\x08\x66inished\x18\x06 \x01(\x0b\x32$.loraplex.engine.v1.SequenceFinishedH\x00\x12\x34\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\".loraplex.engine.v1.SequenceFailedH\x00\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprobB\x05\n\x03\x65nd\"w\n\x0fSequenceStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12/\n\x0c\x61\x64\x61pter_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x10SequenceFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12\x12\n\nstop_match\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bpreemptions\x18\x04 \x01(\x05\"\xb4\x01\n\x0eSequenceFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x42\n\x08metadata\x18\x04 \x03(\x0b\x32\x30.loraplex.engine.v1.SequenceFailed.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa6\x01\n\nEngineLoad\x12\x15\n\rrunning_count\x18\x01 \x01(\x05\x12\x15\n\rwaiting_count\x18\x02 \x01(\x05\x12\x15\n\rloading_count\x18\x03 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\x04 \x01(\x05\x12\x19\n\x11total_block_count\x18\x05 \x01(\x05\x12\x13\n\x06places\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_places\"W\n\x0fTokenizeRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.TokenizeRequest\x12\x15\n\rchat_template\x18\x02 \x01(\t\"C\n\x10TokenizeResponse\x12/\n\x08response\x18\x01 \x01(\x0b\x32\x1d.loraplex.v1.TokenizeResponse2\xc1\x01\n\rEngineService\x12Y\n\x08\x44ispatch\x12#.loraplex.engine.v1.DispatchRequest\x1a$.loraplex.engine.v1.DispatchResponse(\x01\x30\x01\x12U\n\x08Tokenize\x12#.loraplex.engine.v1.TokenizeRequest\x1a$.loraplex.engine.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1floraplex/engine/v1/engine.proto\x12\x12loraplex.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cloraplex/v1/generation.proto\"\x88\x01\n\x0f\x44ispatchRequest\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".loraplex.engine.v1.SubmitSequenceH\x00\x12\x34\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\".loraplex.engine.v1.CancelSequenceH\x00\x42\t\n\x07message\"\xe0\x01\n\x0eSubmitSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x15\n\rchat_template\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x36\n\x0c\x63ontinuation\x18\x06 \x01(\x0b\x32 .loraplex.engine.v1.Continuation\x12\x0e\n\x06urgent\x18\x07 \x01(\x08\"8\n\x0c\x43ontinuation\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\"\x7f\n\x10\x44ispatchResponse\x12\x30\n\x05ready\x18\x01 \x01(\x0b\x32\x1f.loraplex.engine.v1.EngineReadyH\x00\x12.\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1d.loraplex.engine.v1.StepFrameH\x00\x42\t\n\x07message\"i\n\x0b\x45ngineReady\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x30\n\x05model\x18\x02 \x01(\x0b\x32!.loraplex.v1.GetModelInfoResponse\x12\x15\n\rmax_sequences\x18\x03 \x01(\x05\"\x8e\x01\n\tStepFrame\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x33\n\x07outputs\x18\x02 \x03(\x0b\x32\".loraplex.engine.v1.SequenceOutput\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.loraplex.engine.v1.EngineLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\xd4\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x34\n\x07started\x18\x05 \x01(\x0b\x32#.loraplex.engine.v1.SequenceStarted\x12\x38\n\x08\x66inished\x18\x06 \x01(\x0b\x32$.loraplex.engine.v1.SequenceFinishedH\x00\x12\x34\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\".loraplex.engine.v1.SequenceFailedH\x00\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprobB\x05\n\x03\x65nd\"w\n\x0fSequenceStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12/\n\x0c\x61\x64\x61pter_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x10SequenceFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12\x12\n\nstop_match\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bpreemptions\x18\x04 \x01(\x05\"\xb4\x01\n\x0eSequenceFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x42\n\x08metadata\x18\x04 \x03(\x0b\x32\x30.loraplex.engine.v1.SequenceFailed.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa6\x01\n\nEngineLoad\x12\x15\n\rrunning_count\x18\x01 \x01(\x05\x12\x15\n\rwaiting_count\x18\x02 \x01(\x05\x12\x15\n\rloading_count\x18\x03 \x01(\x05\x12\x18\n\x10\x66ree_block_count\x18\x04 \x01(\x05\x12\x19\n\x11total_block_count\x18\x05 \x01(\x05\x12\x13\n\x06places\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_places\"W\n\x0fTokenizeRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.TokenizeRequest\x12\x15\n\rchat_template\x18\x02 \x01(\t\"C\n\x10TokenizeResponse\x12/\n\x08response\x18\x01 \x01(\x0b\x32\x1d.loraplex.v1.TokenizeResponse2\xc1\x01\n\rEngineService\x12Y\n\x08\x44ispatch\x12#.loraplex.engine.v1.DispatchRequest\x1a$.loraplex.engine.v1.DispatchResponse(\x01\x30\x01\x12U\n\x08Tokenize\x12#.loraplex.engine.v1.TokenizeRequest\x1a$.loraplex.engine.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DISPATCHREQUEST']._serialized_start=118
   _globals['_DISPATCHREQUEST']._serialized_end=254
   _globals['_SUBMITSEQUENCE']._serialized_start=257
-  _globals['_SUBMITSEQUENCE']._serialized_end=465
-  _globals['_CONTINUATION']._serialized_start=467
-  _globals['_CONTINUATION']._serialized_end=523
-  _globals['_CANCELSEQUENCE']._serialized_start=525
-  _globals['_CANCELSEQUENCE']._serialized_end=562
-  _globals['_DISPATCHRESPONSE']._serialized_start=564
-  _globals['_DISPATCHRESPONSE']._serialized_end=691
-  _globals['_ENGINEREADY']._serialized_start=693
-  _globals['_ENGINEREADY']._serialized_end=798
-  _globals['_STEPFRAME']._serialized_start=801
-  _globals['_STEPFRAME']._serialized_end=943
-  _globals['_SEQUENCEOUTPUT']._serialized_start=946
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1286
-  _globals['_SEQUENCESTARTED']._serialized_start=1288
-  _globals['_SEQUENCESTARTED']._serialized_end=1407
-  _globals['_SEQUENCEFINISHED']._serialized_start=1410
-  _globals['_SEQUENCEFINISHED']._serialized_end=1542
-  _globals['_SEQUENCEFAILED']._serialized_start=1545
-  _globals['_SEQUENCEFAILED']._serialized_end=1725
-  _globals['_SEQUENCEFAILED_METADATAENTRY']._serialized_start=1678
-  _globals['_SEQUENCEFAILED_METADATAENTRY']._serialized_end=1725
-  _globals['_ENGINELOAD']._serialized_start=1728
-  _globals['_ENGINELOAD']._serialized_end=1894
-  _globals['_TOKENIZEREQUEST']._serialized_start=1896
-  _globals['_TOKENIZEREQUEST']._serialized_end=1983
-  _globals['_TOKENIZERESPONSE']._serialized_start=1985
-  _globals['_TOKENIZERESPONSE']._serialized_end=2052
-  _globals['_ENGINESERVICE']._serialized_start=2055
-  _globals['_ENGINESERVICE']._serialized_end=2248
+  _globals['_SUBMITSEQUENCE']._serialized_end=481
+  _globals['_CONTINUATION']._serialized_start=483
+  _globals['_CONTINUATION']._serialized_end=539
+  _globals['_CANCELSEQUENCE']._serialized_start=541
+  _globals['_CANCELSEQUENCE']._serialized_end=578
+  _globals['_DISPATCHRESPONSE']._serialized_start=580
+  _globals['_DISPATCHRESPONSE']._serialized_end=707
+  _globals['_ENGINEREADY']._serialized_start=709
+  _globals['_ENGINEREADY']._serialized_end=814
+  _globals['_STEPFRAME']._serialized_start=817
+  _globals['_STEPFRAME']._serialized_end=959
+  _globals['_SEQUENCEOUTPUT']._serialized_start=962
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1302
+  _globals['_SEQUENCESTARTED']._serialized_start=1304
+  _globals['_SEQUENCESTARTED']._serialized_end=1423
+  _globals['_SEQUENCEFINISHED']._serialized_start=1426
+  _globals['_SEQUENCEFINISHED']._serialized_end=1558
+  _globals['_SEQUENCEFAILED']._serialized_start=1561
+  _globals['_SEQUENCEFAILED']._serialized_end=1741
+  _globals['_SEQUENCEFAILED_METADATAENTRY']._serialized_start=1694
+  _globals['_SEQUENCEFAILED_METADATAENTRY']._serialized_end=1741
+  _globals['_ENGINELOAD']._serialized_start=1744
+  _globals['_ENGINELOAD']._serialized_end=1910
+  _globals['_TOKENIZEREQUEST']._serialized_start=1912
+  _globals['_TOKENIZEREQUEST']._serialized_end=1999
+  _globals['_TOKENIZERESPONSE']._serialized_start=2001
+  _globals['_TOKENIZERESPONSE']._serialized_end=2068
+  _globals['_ENGINESERVICE']._serialized_start=2071
+  _globals['_ENGINESERVICE']._serialized_end=2264
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,7 @@ class SubmitSequence(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CONTINUATION_FIELD_NUMBER: _builtins.int
+    URGENT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Chosen by the router, unique on this stream."""
     adapter_digest: _builtins.str
@@ -72,6 +73,11 @@ class SubmitSequence(_message.Message):
     """The adapter's own chat template; empty for the base's."""
     traceparent: _builtins.str
     """W3C trace context of the request."""
+    urgent: _builtins.bool
+    """Its tenant has nothing on engines while others have: the engine may give up
+    the step that runs and begin again with it, and lets other prompts wait for
+    it. An engine that cannot takes it as any other.
+    """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request as the client sent it, its cheap checks done."""
@@ -89,10 +95,11 @@ class SubmitSequence(_message.Message):
         chat_template: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         continuation: Global___Continuation | None = ...,
+        urgent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "chat_template", b"chat_template", "continuation", b"continuation", "request", b"request", "sequence_id", b"sequence_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "chat_template", b"chat_template", "continuation", b"continuation", "request", b"request", "sequence_id", b"sequence_id", "traceparent", b"traceparent", "urgent", b"urgent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
