@@ -10,11 +10,12 @@ from typing import Protocol
 
 from opentelemetry.trace import Span
 
-from router.errors import IllegalTransition
+from router.errors import AnswerLost, EngineBrokeContract, IllegalTransition
 from router.flows import MICRO, Ticket
-from router.messages import Completion, Delta, Finished, Output, Piece, Receipt, Sequence, Started
+from router.messages import Completion, Delta, Failed, Finished, Output, Piece, Receipt, Sequence, Started
 from router.registry_view import Adapter
-from servicekit.errors import ServiceError
+from servicekit.errors import Code, RemoteError, ServiceError
+from servicekit.tracing import context_of, end_span, start_span, traceparent_of
 
 
 class State(Enum):
@@ -107,14 +108,28 @@ class Request:
         self.answered.extend(token_ids)
         self.output_tokens += len(token_ids)
 
-    def sequence(self, sequence_id: int, traceparent: str, *, urgent: bool) -> Sequence:
+    def begin_stage(self, name: str) -> None:
+        """Begins a stage of its way, as a span; the one before it is over."""
+        self.end_stage()
+        self.stage_span = start_span(name, parent=context_of(self.span))
+
+    def end_stage(self, error: ServiceError | None = None) -> None:
+        if self.stage_span:
+            end_span(self.stage_span, error)
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C trace context of its present stage; empty when that is not recorded anywhere."""
+        return traceparent_of(self.stage_span) if self.stage_span else ""
+
+    def sequence(self, *, urgent: bool) -> Sequence:
         """What an engine gets to answer it, or to go on with the answer."""
         return Sequence(
-            sequence_id=sequence_id,
+            sequence_id=self.sequence_id,
             request=self.wire,
             adapter_digest=self.adapter.digest,
             chat_template=self.adapter.chat_template,
-            traceparent=traceparent,
+            traceparent=self.traceparent,
             answered=self.answered,
             prompt_tokens=self.started.prompt_tokens if self.started else 0,
             urgent=urgent,
@@ -138,7 +153,19 @@ class Request:
         self.prompt_logprobs_told += len(fresh)
         return Delta(output.text, output.token_ids, output.logprobs, fresh)
 
-    def completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
+    def outcome(self, end: Finished | Failed, engine_id: str, now: float) -> Completion | ServiceError:
+        """What its client is told when an engine has ended it."""
+        if isinstance(end, Finished):
+            if self.started is None:
+                return EngineBrokeContract(engine_id, "finished a sequence that it had not started")
+            return self._completion(end, self.started, engine_id, now)
+        if end.code not in Code.__members__.values():
+            return EngineBrokeContract(engine_id, f"ended a sequence with status code {end.code}")
+        if end.code == Code.UNAVAILABLE and self.has_answered:
+            return AnswerLost(f"{end.message} (while it answered)", end.reason, engine_id=engine_id)
+        return RemoteError(end.code, end.message, end.reason, end.metadata)
+
+    def _completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
         return Completion(
             finish_reason=finished.finish_reason,
             stop_match=finished.stop_match,

@@ -17,9 +17,9 @@ from opentelemetry.trace import Span, SpanKind
 from loraplex.engine.v1 import engine_pb2
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from router import metrics
-from router.dispatch import Cancel, Submit
 from router.errors import Draining, NoEngine
 from router.fleet import Engine
+from router.inbox import Cancel, Submit
 from router.messages import Completion, Delta
 from router.outbox import Outbox, Pulse, Whole, completed
 from router.registry_view import RegistryView
