@@ -16,9 +16,10 @@ from router.adapter_service import AdapterServicer
 from router.bases import Bases
 from router.cache_link import CacheLink
 from router.config import Settings
-from router.dispatch import Dispatcher, Message, Stop
+from router.dispatch import Dispatcher
 from router.fleet import Fleet, Frame
 from router.flows import Flows, Tariff
+from router.inbox import Message, Stop
 from router.ledger import Ledger
 from router.look_ahead import LookAhead
 from router.service import GenerationServicer
@@ -63,7 +64,7 @@ class Router:
             self.dispatcher.post,
             settings.max_unread_kib * 1024,
         )
-        self.look_ahead = LookAhead(self.cache.residency, router_id, lambda: self.dispatcher.waiting)
+        self.look_ahead = LookAhead(self.cache.residency, router_id, lambda: self.dispatcher.queues)
         metrics.QUEUED.set_function(lambda: self.dispatcher.queued)
         metrics.RUNNING.set_function(lambda: self.dispatcher.running)
         metrics.ENGINES.set_function(lambda: len(self.fleet.engines))

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from router.flows import Flows, Ticket
-from router.tickets import Tenant
+from router.tickets import Flow, Tenant
 
 # Late enough that those rejected together do not all meet a full queue again, early enough that the queue does not run
 # empty.
@@ -166,8 +166,8 @@ def expected_wait(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
     if not isinstance(account, Tenant) or not account.queued:
         return 0.0
     weight, waiting, ahead = 1.0, 0, 0.0
-    if flow:
-        weight, waiting, ahead = flow.weight, flow.queued_tokens, flows.tokens_ahead(flow, account.level)
+    if isinstance(flow, Flow):
+        weight, waiting, ahead = flow.weight, flow.queued_tokens, flows.tokens_ahead(flow)
     before = (waiting / weight + ahead) * max(account.waiting_weight, weight)
     return min(account.queued_tokens, before) / _rate_of(flows, newcomer, per_second)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Collection
 
 from router.cache_link import Moved
-from router.dispatch import Dispatcher, Message, Stop, Submit
+from router.dispatch import Dispatcher
 from router.fleet import EngineDown, EngineUp, Frame
+from router.inbox import Message, Stop, Submit
 from router.request import Request
 
 
@@ -37,9 +37,9 @@ class Bases:
         return sum(loop.running for loop in self._loops.values())
 
     @property
-    def waiting(self) -> Iterable[Request]:
-        """The requests that wait."""
-        return chain.from_iterable(loop.waiting for loop in self._loops.values())
+    def queues(self) -> list[Collection[Request]]:
+        """The requests that wait, of each base in order."""
+        return [loop.queue for loop in self._loops.values()]
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

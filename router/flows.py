@@ -56,21 +56,19 @@ charging takes O(1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from router.accounts import Account, Level, Question, Where
-from router.ledger import Ledger, Name
-from router.tickets import MICRO, NOTHING, Flow, Hold, Tariff, Tenant, Ticket, Work
+from router.book import Book
+from router.ledger import Ledger
+from router.loads import Loads
+from router.tickets import MICRO, NOTHING, Flow, Tariff, Tenant, Ticket, Work
 
 __all__ = ["MICRO", "Flows", "Tariff", "Ticket", "Work"]
 
-# Idle flows are looked through for forgettable ones when there are this many, then whenever their number has doubled.
-_FIRST_SWEEP = 1024
 
-
-class Flows:
-    """All queues and all charges of one router.
+class Flows(Book):
+    """All queues and all charges of one router: the book, and how it is picked from and charged.
 
     Args:
         window: Q of the law, in weighted tokens.
@@ -85,68 +83,13 @@ class Flows:
         tenant_weights: Mapping[str, float] | None = None,
         is_loadable: Callable[[str], bool] = lambda digest: True,
     ) -> None:
+        micro_window = round(window * MICRO)
+        super().__init__(Loads(micro_window, is_loadable), micro_window, tenant_weights or {})
         self._tariff = tariff
-        self._window = round(window * MICRO)
-        self._tenant_weights = dict(tenant_weights or {})
-        self._is_loadable = is_loadable
         # What is served here is noted in it, when charges are shared with other routers.
         self.ledger: Ledger | None = None
-        self._leads: dict[Name, tuple[int, int]] = {}
-        self.level: Level[Tenant] = Level()
-        # Those of them that have nothing on engines.
-        self._newcomers: Level[Tenant] = Level()
-        self._tenants: dict[str, Tenant] = {}
-        self._backlogged: dict[str, Tenant] = {}
-        self._by_digest: dict[str, set[Flow]] = {}
         self._running: dict[int, Ticket] = {}
-        # Tickets that were picked and wait for their adapter, with the engine they wait on.
-        self._loading: dict[Ticket, str] = {}
-        self._hold: Hold | None = None
-        # Tickets for which holding an adapter back did not help.
-        self._hopeless: set[Ticket] = set()
-        self._where: dict[str, Where] = {}
-        self._flow_count = 0
-        self._sweep_at = _FIRST_SWEEP
         self._tickets = 0
-        self.queued = 0
-        self.queued_tokens = 0
-        # Weights of those with requests that wait, for estimates only: sums of floats may drift by a rounding.
-        self.waiting_weight = 0.0
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether more than one tenant is known, so that places should be kept for those who come."""
-        return len(self._tenants) > 1
-
-    def account(self, tenant: str, digest: str | None = None) -> Account | None:
-        """The account of a tenant, or of one of its adapters; None when it is not known. To be read only."""
-        found = self._tenants.get(tenant)
-        return found if found is None or digest is None else found.flows.get(digest)
-
-    def weight_of(self, tenant: str) -> float:
-        return self._tenant_weights.get(tenant, 1.0)
-
-    def accounts(self) -> Iterable[Tenant]:
-        """All tenants that are known."""
-        return self._tenants.values()
-
-    def backlogged(self) -> Iterable[Tenant]:
-        """Tenants with requests that wait."""
-        return self._backlogged.values()
-
-    def queued_by(self, tenant: str) -> int:
-        account = self.account(tenant)
-        return account.queued if account else 0
-
-    def queued_for(self, digest: str) -> tuple[int, int]:
-        """Requests that wait for an adapter, all tenants together, and their tokens."""
-        flows = self._by_digest.get(digest, ())
-        return sum(flow.queued for flow in flows), sum(flow.queued_tokens for flow in flows)
-
-    def charge_of(self, tenant: str, digest: str | None = None) -> int:
-        """Charge of a tenant, or of one of its adapters, in micro-tokens; 0 when it is not known."""
-        account = self.account(tenant, digest)
-        return account.charge if account else 0
 
     def enqueue(
         self,
@@ -185,7 +128,8 @@ class Flows:
         """
         is_warm = is_warm or is_open
         flow = self._next(self.level, is_open, is_warm)
-        if flow is not None and self._make_room(flow):
+        if flow is not None and (changed := self._loads.make_room(flow, self._running.values(), self._where)):
+            self._refresh(changed)
             flow = self._next(self.level, is_open, is_warm)
         return self._take(flow) if flow else None
 
@@ -205,15 +149,11 @@ class Flows:
     def loading(self, ticket: Ticket, engine_id: str) -> None:
         """A request that was picked waits on an engine for its adapter. Until it is there, its adapter is not picked for
         engines that do not have it."""
-        self._loading[ticket] = engine_id
-        self._refresh(ticket.digest)
+        self._refresh(self._loads.begin(ticket, engine_id))
 
     def loaded(self, ticket: Ticket) -> None:
         """A request waits for its adapter no more; of no effect when it did not."""
-        if self._loading.pop(ticket, None) is not None:
-            self._hopeless.discard(ticket)
-            self._release(ticket)
-            self._refresh(ticket.digest)
+        self._refresh(self._loads.end(ticket))
 
     def settle(self, ticket: Ticket) -> None:
         """No more work will be done for a request: what it has paid is what that cost."""
@@ -230,44 +170,16 @@ class Flows:
             if ticket.work.output_tokens:
                 ticket.flow.learn(ticket.work.output_tokens)
             self._leave_engine(ticket)
-        if self._flow_count >= self._sweep_at:
-            self._sweep()
+        self._sweep()
 
     def moved(self, digest: str, where: Where) -> None:
         """An adapter is on these engines now. One that has no flow is not remembered: its next request says where it is."""
         if digest not in self._by_digest:
             return
         self._where[digest] = where
-        for ticket, engine_id in list(self._loading.items()):
-            if ticket.digest == digest and (where is None or engine_id in where):
-                self.loaded(ticket)
-        self._refresh(digest)
-
-    def served_elsewhere(self, served: Mapping[Name, int]) -> None:
-        """Charges what other routers have served, in weighted tokens; who is not known here is lifted when it comes."""
-        for (tenant_name, digest), tokens in served.items():
-            tenant = self._tenants.get(tenant_name)
-            if tenant:
-                tenant.served_elsewhere(tokens * MICRO)
-                if digest in tenant.flows:
-                    tenant.flows[digest].served_elsewhere(tokens * MICRO)
-
-    def lead(self, name: Name) -> tuple[int, int]:
-        """By how many weighted tokens a flow, and its tenant, is above the level that newcomers are lifted to."""
-        tenant = self._tenants.get(name[0])
-        flow = tenant.flows.get(name[1]) if tenant else None
-        if tenant is None or flow is None:
-            return 0, 0
-        leads = flow.charge - tenant.level.level(), tenant.charge - self.level.level()
-        return max(0, leads[0]) // MICRO, max(0, leads[1]) // MICRO
-
-    def begin(self, leads: Mapping[Name, tuple[int, int]]) -> None:
-        """Goes on from where a router was that ended: who was ahead then is ahead when it comes."""
-        self._leads = {name: lead for name, lead in leads.items() if any(lead)}
-
-    def digests(self) -> list[str]:
-        """Adapters of all flows that are remembered."""
-        return list(self._by_digest)
+        for ticket in self._loads.at(digest, where):
+            self.loaded(ticket)
+        self._refresh([digest])
 
     def newest(self, tenant: str) -> Ticket | None:
         """The request of a tenant that would be served last; None when none of its requests waits."""
@@ -283,9 +195,9 @@ class Flows:
         """What an account has received, and would have received with all it waits for, in weighted tokens."""
         return (account.charge + self._tariff.output * account.queued_tokens / account.weight) / MICRO
 
-    def tokens_ahead(self, account: Account, level: Level[Any]) -> float:
-        """How far an account is above what newcomers to its level are lifted to, in tokens of output for its weight of 1."""
-        return max(0, account.charge - level.level()) / self._tariff.output
+    def tokens_ahead(self, flow: Flow) -> float:
+        """How far a flow is above what newcomers among its tenant's are lifted to, in tokens of output for a weight of 1."""
+        return max(0, flow.charge - flow.tenant.level.level()) / self._tariff.output
 
     def _next(self, level: Level[Tenant], is_open: Question, is_warm: Question) -> Flow | None:
         tenant = level.next(is_open, is_warm, self._window)
@@ -298,11 +210,7 @@ class Flows:
         tenant.level.served(flow)
         ticket = next(iter(flow.queue.values()))
         ticket.is_first = not tenant.running
-        if ticket.is_first:
-            for where in tenant.level.wheres:
-                self._newcomers.leave(tenant, where)
-        flow.running += 1
-        tenant.running += 1
+        self._start(flow)
         self._running[ticket.number] = ticket
         self._remove(ticket)
         ticket.open_account()
@@ -320,191 +228,9 @@ class Flows:
         flow.charge += change
         tenant.charge += tenant_change
         if change < 0 or tenant_change < 0:
-            tenant.level.fell(flow)
-            self.level.fell(tenant)
-            self._newcomers.fell(tenant)
-
-    def _make_room(self, picked: Flow) -> bool:
-        """Holds an adapter back if a request has waited its bound for room on a device; returns whether anything changed."""
-        if self._hold:
-            return self._doubt(self._hold, picked)
-        for ticket, engine_id in self._loading.items():
-            is_behind = _lead(picked, ticket.flow) > self._window
-            if is_behind and ticket not in self._hopeless and self._is_loadable(ticket.digest):
-                return self._hold_back(ticket, engine_id, picked)
-        return False
-
-    def _hold_back(self, ticket: Ticket, engine_id: str, picked: Flow) -> bool:
-        in_use = [
-            flow
-            for flow in (picked, *(other.flow for other in self._running.values()))
-            if flow.digest != ticket.digest and engine_id in (self._where[flow.digest] or ())
-        ]
-        if not in_use:
-            return False
-        self._hold = Hold(ticket, engine_id, max(in_use, key=lambda flow: (flow.tenant.charge, flow.charge)))
-        self._refresh(self._hold.flow.digest)
-        return True
-
-    def _doubt(self, hold: Hold, picked: Flow) -> bool:
-        """Gives a hold up that has not helped although the adapter could leave."""
-        if any(other.digest == hold.flow.digest for other in self._running.values()):
-            return False
-        lead = _lead(picked, hold.flow)
-        if hold.lead is None:
-            hold.lead = lead
-        if lead <= hold.lead + self._window:
-            return False
-        self._hopeless.add(hold.ticket)
-        self._release(hold.ticket)
-        return True
-
-    def _release(self, ticket: Ticket) -> None:
-        """Lets an adapter go on that was held back for a request."""
-        if self._hold and self._hold.ticket is ticket:
-            digest = self._hold.flow.digest
-            self._hold = None
-            self._refresh(digest)
+            self._fell(flow)
 
     def _leave_engine(self, ticket: Ticket) -> None:
         del self._running[ticket.number]
-        ticket.flow.running -= 1
-        tenant = ticket.flow.tenant
-        tenant.running -= 1
-        if not tenant.running:
-            for where in tenant.level.wheres:
-                self._newcomers.enter(tenant, where)
+        self._stop(ticket.flow)
         self.loaded(ticket)
-
-    def _servable(self, digest: str) -> Where | bool:
-        """Where an adapter may be picked for; False for nowhere at the moment."""
-        where = self._where[digest]
-        if where is None:
-            return None
-        if self._hold and self._hold.flow.digest == digest:
-            where -= {self._hold.engine_id}
-            return where or False
-        if not where and any(ticket.digest == digest for ticket in self._loading):
-            return False
-        return where
-
-    def _refresh(self, digest: str) -> None:
-        """Brings the flows of an adapter to where they belong in their levels."""
-        servable = self._servable(digest)
-        for flow in self._by_digest.get(digest, ()):
-            self._list(flow, servable if flow.queue else False)
-
-    def _list(self, flow: Flow, at: Where | bool) -> None:
-        if flow.listed_at == at:
-            return
-        tenant = flow.tenant
-        was_at = flow.listed_at
-        if not isinstance(was_at, bool):
-            tenant.level.leave(flow, was_at)
-            if not tenant.level.is_in(was_at):
-                self.level.leave(tenant, was_at)
-                if not tenant.running:
-                    self._newcomers.leave(tenant, was_at)
-        flow.listed_at = at
-        if not isinstance(at, bool):
-            flow.where = at
-            # Where it could not be served before, it keeps its turn, being just below, but no claim to all it missed.
-            if not _covers(was_at, at):
-                flow.lift(tenant.level.highest_pick - self._window - 1)
-            if not tenant.level.covers(at):
-                tenant.lift(self.level.highest_pick - self._window - 1)
-            if not tenant.level.is_in(at):
-                self.level.enter(tenant, at)
-                if not tenant.running:
-                    self._newcomers.enter(tenant, at)
-            tenant.level.enter(flow, at)
-
-    def _flow(self, tenant_name: str, digest: str, where: Where) -> Flow:
-        tenant = self._tenants.get(tenant_name)
-        if tenant is None:
-            tenant = self._tenants[tenant_name] = Tenant(tenant_name)
-            tenant.set_weight(self.weight_of(tenant_name))
-            ahead = max((lead[1] for name, lead in self._leads.items() if name[0] == tenant_name), default=0)
-            if ahead:
-                tenant.lift(self.level.level() + ahead * MICRO)
-        flow = tenant.flows.get(digest)
-        if flow is None:
-            flow = tenant.flows[digest] = Flow(tenant, digest)
-            if ahead := self._leads.pop((tenant_name, digest), (0, 0))[0]:
-                flow.lift(tenant.level.level() + ahead * MICRO)
-            self._by_digest.setdefault(digest, set()).add(flow)
-            self._where.setdefault(digest, where)
-            flow.where = self._where[digest]
-            self._flow_count += 1
-        return flow
-
-    def _append(self, ticket: Ticket, below: int | None = None) -> None:
-        """Puts a request into its flow's queue; a flow that was empty is lifted, to so far below the highest pick if given."""
-        flow = ticket.flow
-        tenant = flow.tenant
-        if not tenant.queued:
-            tenant.lift(self.level.level() if below is None else self.level.highest_pick - below)
-            self._backlogged[tenant.name] = tenant
-            self.waiting_weight += tenant.weight
-        if not flow.queue:
-            flow.lift(tenant.level.level() if below is None else tenant.level.highest_pick - below)
-            tenant.waiting_weight += flow.weight
-        flow.queue[ticket.number] = ticket
-        self._count(ticket, 1)
-        if flow.listed_at is False:
-            self._list(flow, self._servable(flow.digest))
-
-    def _remove(self, ticket: Ticket) -> None:
-        flow = ticket.flow
-        del flow.queue[ticket.number]
-        self._count(ticket, -1)
-        tenant = flow.tenant
-        if not flow.queue:
-            self._list(flow, False)
-            tenant.waiting_weight -= flow.weight
-        if not tenant.queued:
-            del self._backlogged[tenant.name]
-            self.waiting_weight -= tenant.weight
-
-    def _count(self, ticket: Ticket, sign: int) -> None:
-        if sign > 0:
-            ticket.waiting_tokens = ticket.tokens
-        for account in (ticket.flow, ticket.flow.tenant):
-            account.queued += sign
-            account.queued_tokens += sign * ticket.waiting_tokens
-        self.queued += sign
-        self.queued_tokens += sign * ticket.waiting_tokens
-
-    def _sweep(self) -> None:
-        """Forgets idle accounts that would be lifted to their charge anyway: names come from outside, without end."""
-        level = self.level.level()
-        for tenant in list(self._tenants.values()):
-            forgotten = not tenant.queued and not tenant.running and tenant.charge <= level
-            if forgotten:
-                del self._tenants[tenant.name]
-            flow_level = tenant.level.level()
-            for flow in list(tenant.flows.values()):
-                if forgotten or not (flow.queue or flow.running or flow.charge > flow_level):
-                    self._forget(flow)
-        self._sweep_at = max(_FIRST_SWEEP, 2 * self._flow_count)
-
-    def _forget(self, flow: Flow) -> None:
-        del flow.tenant.flows[flow.digest]
-        self._flow_count -= 1
-        flows = self._by_digest[flow.digest]
-        flows.discard(flow)
-        if not flows:
-            del self._by_digest[flow.digest]
-            del self._where[flow.digest]
-
-
-def _covers(was_at: Where | bool, at: Where) -> bool:
-    """Whether who could be served on some engines could be on these."""
-    return was_at is None or (not isinstance(was_at, bool) and at is not None and bool(at) and at <= was_at)
-
-
-def _lead(flow: Flow, other: Flow) -> int:
-    """How much more one flow has received than another, where their paths part."""
-    if flow.tenant is other.tenant:
-        return flow.charge - other.charge
-    return flow.tenant.charge - other.tenant.charge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,6 @@ import grpc
 
 from loraplex.cache.v1 import residency_pb2, residency_pb2_grpc
 from router.request import Request
-from servicekit.tracing import traceparent_of
 
 _log = logging.getLogger(__name__)
 
@@ -24,27 +24,34 @@ MOST = 256
 _CALL_SECONDS = 2.0
 
 
-def first_of_each(waiting: Iterable[Request]) -> list[Request]:
-    """The request that has waited longest for each adapter, the longest first; at most MOST. The base needs no adapter."""
+def first_of_each(queues: Iterable[Iterable[Request]]) -> list[Request]:
+    """The request that has waited longest for each adapter, the longest first; at most MOST. The base needs no adapter.
+
+    Args:
+        queues: requests that wait, those of each queue in the order they have waited.
+    """
     first: dict[str, Request] = {}
-    for request in sorted(waiting, key=lambda request: request.arrived_at):
-        if request.adapter.digest:
-            first.setdefault(request.adapter.digest, request)
-    return list(first.values())[:MOST]
+    for request in heapq.merge(*queues, key=lambda request: request.arrived_at):
+        digest = request.adapter.digest
+        if digest and digest not in first:
+            first[digest] = request
+            if len(first) == MOST:
+                break
+    return list(first.values())
 
 
 class LookAhead:
-    """See the module. `waiting` gives the requests that are queued now."""
+    """See the module. `queues` gives the requests that wait now, those of each queue in order."""
 
     def __init__(
         self,
         residency: residency_pb2_grpc.ResidencyServiceAsyncStub,
         router_id: str,
-        waiting: Callable[[], Iterable[Request]],
+        queues: Callable[[], Iterable[Iterable[Request]]],
     ) -> None:
         self._residency = residency
         self._router_id = router_id
-        self._waiting = waiting
+        self._queues = queues
 
     async def run(self) -> None:
         """Goes on for ever. A cache that is away misses the look-ahead only: engines ask for what their sequences wait for."""
@@ -52,7 +59,7 @@ class LookAhead:
         said_at = 0.0
         while True:
             await asyncio.sleep(PERIOD)
-            queue = first_of_each(self._waiting())
+            queue = first_of_each(self._queues())
             names = [request.request_id for request in queue]
             now = time.monotonic()
             if names == said and not (names and now - said_at > RENEW):
@@ -66,7 +73,7 @@ class LookAhead:
                 digest=request.adapter.digest,
                 waited_ms=max(0, int(1000 * (now - request.arrived_at))),
                 tenant=request.tenant,
-                traceparent=traceparent_of(request.stage_span) if request.stage_span else "",
+                traceparent=request.traceparent,
             )
             for request in queue
         ]

@@ -1,6 +1,7 @@
 """What the parts of the router tell each other. PURE.
 
-Log probabilities and the client's request pass through the router unread, so they stay what they came as: `Wire`.
+Log probabilities pass through the router unread, so they stay what they came as: `Wire`. The client's request goes on to
+the engine, and waits, as the bytes of a GenerateRequest.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Sequence:
     """A request as an engine gets it, with the answer another one has begun, and the length of its prompt there."""
 
     sequence_id: int
-    request: Wire
+    request: bytes
     adapter_digest: str
     chat_template: str
     traceparent: str

@@ -54,6 +54,8 @@ class Pulse:
 class Collected:
     """Pieces of an answer, merged into one."""
 
+    __slots__ = ("_logprobs", "_prompt_logprobs", "_text", "_token_ids", "size_bytes")
+
     def __init__(self) -> None:
         self.size_bytes = 0
         self._text: list[str] = []
@@ -82,6 +84,8 @@ class Collected:
 
 class Outbox:
     """For a client that reads an answer as it comes. Pieces that were not fetched yet are one; the end comes after them."""
+
+    __slots__ = ("_end", "_fetching", "_has_begun", "_limit", "_must_wait", "_pieces", "_pulse")
 
     def __init__(self, pulse: Pulse, limit_bytes: int) -> None:
         self._pulse = pulse
@@ -122,32 +126,41 @@ class Outbox:
                 self._has_begun = True
                 return self._pieces.take()
             if self._end is not None:
-                return _value(self._end)
+                return completed(self._end)
             self._fetching = asyncio.get_running_loop().create_future()
             await self._fetching
 
 
 class Whole:
-    """For a client that gets its answer in one message."""
+    """For a client that gets its answer in one message.
+
+    Attributes:
+        end: how the request ended.
+    """
+
+    __slots__ = ("_pieces", "end")
 
     def __init__(self) -> None:
-        self._pieces = Collected()
-        self._end: asyncio.Future[Completion | ServiceError] = asyncio.get_running_loop().create_future()
+        # Made with the first piece: there is none for as long as a request waits.
+        self._pieces: Collected | None = None
+        self.end: asyncio.Future[Completion | ServiceError] = asyncio.get_running_loop().create_future()
 
     def put(self, piece: Piece) -> None:
+        if self._pieces is None:
+            self._pieces = Collected()
         self._pieces.add(piece)
 
     def close(self, end: Completion | ServiceError) -> None:
-        if not self._end.done():
-            self._end.set_result(end)
+        if not self.end.done():
+            self.end.set_result(end)
 
-    async def answer(self) -> tuple[Delta, Completion]:
-        """The answer and its completion; raises the error the request ended with."""
-        completion = _value(await self._end)
-        return self._pieces.take(), completion
+    def take(self) -> Delta:
+        """The answer."""
+        return (self._pieces or Collected()).take()
 
 
-def _value(end: Completion | ServiceError) -> Completion:
+def completed(end: Completion | ServiceError) -> Completion:
+    """The completion; raises the error where the request ended with one."""
     if isinstance(end, ServiceError):
         raise end
     return end

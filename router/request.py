@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Row
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
 from opentelemetry.trace import Span
 
-from router.errors import IllegalTransition
+from router.errors import AnswerLost, EngineBrokeContract, IllegalTransition
 from router.flows import MICRO, Ticket
-from router.messages import Completion, Delta, Finished, Output, Piece, Receipt, Sequence, Started, Wire
+from router.messages import Completion, Delta, Failed, Finished, Output, Piece, Receipt, Sequence, Started
 from router.registry_view import Adapter
-from servicekit.errors import ServiceError
+from servicekit.errors import Code, RemoteError, ServiceError
+from servicekit.tracing import context_of, end_span, start_span, traceparent_of
 
 
 class State(Enum):
@@ -25,6 +27,8 @@ class State(Enum):
     MOVING = "moving"
     ENDED = "ended"
 
+
+_NO_TOKENS = array("i")
 
 # When its engine is lost, a dispatched request is queued again before its first token, and moves after it.
 _NEXT = {
@@ -52,7 +56,7 @@ class Request:
     tenant: str
     adapter: Adapter
     estimated_prompt_tokens: int
-    wire: Wire
+    wire: bytes
     sink: Sink
     span: Span
     arrived_at: float
@@ -69,8 +73,8 @@ class Request:
     dispatched_at: float = field(default=0.0, init=False)
     first_token_at: float | None = field(default=None, init=False)
     started: Started | None = field(default=None, init=False)
-    # All tokens of the answer, for an engine that is to go on with it.
-    answered: array[int] = field(default_factory=lambda: array("i"), init=False)
+    # All tokens of the answer, for an engine that is to go on with it; one array for all that have none yet.
+    answered: array[int] = field(default_factory=lambda: _NO_TOKENS, init=False)
     # Those, and the end-of-sequence token where there is one.
     output_tokens: int = field(default=0, init=False)
     # Of the prompt, by the engine it is on now; and those that went to the client, whichever engine they came from.
@@ -96,14 +100,36 @@ class Request:
             started = replace(self.started, adapter_wait=self.started.adapter_wait + started.adapter_wait)
         self.started = started
 
-    def sequence(self, sequence_id: int, traceparent: str, *, urgent: bool) -> Sequence:
+    def add(self, token_ids: Row[int], now: float) -> None:
+        """Notes tokens of the answer, or text where that comes without any."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.answered = array("i")
+        self.answered.extend(token_ids)
+        self.output_tokens += len(token_ids)
+
+    def begin_stage(self, name: str) -> None:
+        """Begins a stage of its way, as a span; the one before it is over."""
+        self.end_stage()
+        self.stage_span = start_span(name, parent=context_of(self.span))
+
+    def end_stage(self, error: ServiceError | None = None) -> None:
+        if self.stage_span:
+            end_span(self.stage_span, error)
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C trace context of its present stage; empty when that is not recorded anywhere."""
+        return traceparent_of(self.stage_span) if self.stage_span else ""
+
+    def sequence(self, *, urgent: bool) -> Sequence:
         """What an engine gets to answer it, or to go on with the answer."""
         return Sequence(
-            sequence_id=sequence_id,
+            sequence_id=self.sequence_id,
             request=self.wire,
             adapter_digest=self.adapter.digest,
             chat_template=self.adapter.chat_template,
-            traceparent=traceparent,
+            traceparent=self.traceparent,
             answered=self.answered,
             prompt_tokens=self.started.prompt_tokens if self.started else 0,
             urgent=urgent,
@@ -127,7 +153,19 @@ class Request:
         self.prompt_logprobs_told += len(fresh)
         return Delta(output.text, output.token_ids, output.logprobs, fresh)
 
-    def completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
+    def outcome(self, end: Finished | Failed, engine_id: str, now: float) -> Completion | ServiceError:
+        """What its client is told when an engine has ended it."""
+        if isinstance(end, Finished):
+            if self.started is None:
+                return EngineBrokeContract(engine_id, "finished a sequence that it had not started")
+            return self._completion(end, self.started, engine_id, now)
+        if end.code not in Code.__members__.values():
+            return EngineBrokeContract(engine_id, f"ended a sequence with status code {end.code}")
+        if end.code == Code.UNAVAILABLE and self.has_answered:
+            return AnswerLost(f"{end.message} (while it answered)", end.reason, engine_id=engine_id)
+        return RemoteError(end.code, end.message, end.reason, end.metadata)
+
+    def _completion(self, finished: Finished, started: Started, engine_id: str, now: float) -> Completion:
         return Completion(
             finish_reason=finished.finish_reason,
             stop_match=finished.stop_match,

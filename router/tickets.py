@@ -157,18 +157,3 @@ class Ticket:
     def _likely_output(self) -> int:
         expected = self.flow.expected_output
         return expected if self.most_output is None else min(expected, self.most_output)
-
-
-@dataclass(slots=True, eq=False)
-class Hold:
-    """An adapter that gets no new sequences on an engine, for a request that waits there for its own.
-
-    Attributes:
-        flow: the one of its flows that had received most.
-        lead: by how much the next to be served was ahead of it when it had no sequence left; None before.
-    """
-
-    ticket: Ticket
-    engine_id: str
-    flow: Flow
-    lead: int | None = None

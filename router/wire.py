@@ -107,7 +107,7 @@ def submit_message(sequence: Sequence) -> engine_pb2.DispatchRequest:
     return engine_pb2.DispatchRequest(
         submit=engine_pb2.SubmitSequence(
             sequence_id=sequence.sequence_id,
-            request=sequence.request,
+            request=generation_pb2.GenerateRequest.FromString(sequence.request),
             adapter_digest=sequence.adapter_digest,
             chat_template=sequence.chat_template,
             traceparent=sequence.traceparent,

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from servicekit.errors import Code, Internal, RemoteError, ServiceError, Unavailable, code_of
+from servicekit.errors import Code, Internal, InvalidField, RemoteError, ServiceError, Unavailable, code_of
 
 DOMAIN = "loraplex"
 
@@ -68,6 +69,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     The text of an unforeseen exception goes to the log, not to the caller.
     """
 
+    def __init__(self) -> None:
+        # By method: the handler, and the guarded one that is made of it once, not for every call.
+        self._guarded: dict[str, tuple[Any, Any]] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
@@ -76,39 +81,63 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        return wrap_handler(handler, _guard_unary, _guard_stream)
+        known, guarded = self._guarded.get(handler_call_details.method, (None, None))
+        if known is not handler:
+            guarded = _guard(handler)
+            self._guarded[handler_call_details.method] = handler, guarded
+        return guarded
 
 
-def wrap_handler(handler: Any, unary: Callable[[Any], Any], stream: Callable[[Any], Any]) -> Any:
-    """Rebuilds a method handler around its behaviour: `unary` wraps those with one response, `stream` the others."""
+def _guard(handler: Any) -> Any:
+    """Rebuilds a method handler around its behaviour.
+
+    Its request is parsed here and not by gRPC, which would keep the message for as long as the call lasts: so a handler that
+    waits can let go of what it has read.
+    """
     makers = {
-        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler, unary),
-        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler, stream),
-        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler, unary),
-        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler, stream),
+        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler, _guard_unary),
+        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler, _guard_stream),
+        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler, _guard_unary),
+        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler, _guard_stream),
     }
-    attribute, make, wrap = makers[handler.request_streaming, handler.response_streaming]
+    attribute, make, guard = makers[handler.request_streaming, handler.response_streaming]
+    behaviour, parse = getattr(handler, attribute), handler.request_deserializer
+    guarded = guard(behaviour, _as_it_is if handler.request_streaming else _parser(parse or _as_it_is))
     return make(
-        wrap(getattr(handler, attribute)),
-        request_deserializer=handler.request_deserializer,
+        guarded,
+        request_deserializer=parse if handler.request_streaming else None,
         response_serializer=handler.response_serializer,
     )
 
 
-def _guard_unary(behaviour: Any) -> Any:
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
+def _parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parsed(request: bytes) -> Any:
+        try:
+            return parse(request)
+        except DecodeError:
+            raise InvalidField("request", "is not a message of the kind that this call takes") from None
+
+    return parsed
+
+
+def _guard_unary(behaviour: Any, parse: Callable[[Any], Any]) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(parse(request), context)
         except Exception as error:  # noqa: BLE001 - the last frame of ours
             await abort(context, _foreseen(error))
 
     return guarded
 
 
-def _guard_stream(behaviour: Any) -> Any:
+def _guard_stream(behaviour: Any, parse: Callable[[Any], Any]) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            responses = behaviour(request, context)
+            responses = behaviour(parse(request), context)
             if inspect.isawaitable(responses):
                 # A handler that calls context.write itself, as the health service's Watch does.
                 await responses

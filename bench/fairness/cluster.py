@@ -22,10 +22,11 @@ from cache.engines import LOOK_AHEAD_SECONDS, Expected
 from router.accounts import Where
 from router.admission import Limits
 from router.cache_link import Moved
-from router.dispatch import Cancel, Dispatcher, Submit
+from router.dispatch import Dispatcher
 from router.errors import QueueFull
 from router.fleet import EngineUp, Frame
 from router.flows import Flows, Tariff
+from router.inbox import Cancel, Submit
 from router.look_ahead import PERIOD, first_of_each
 from router.messages import Completion, Output, Piece
 from router.registry_view import Adapter
@@ -120,7 +121,8 @@ class Cluster:
         self.answers: list[Answer] = []
         self.watch = watch
         self.machines = [
-            Machine(number, setting.model, setting.sizes, setting.device_bytes) for number in range(setting.engines)
+            Machine(number, setting.model, setting.sizes, setting.device_bytes, self._job)
+            for number in range(setting.engines)
         ]
         self._on: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         own = [self.machines] if setting.deal is None else [[machine] for machine in self.machines]
@@ -149,6 +151,10 @@ class Cluster:
         """Engines that have an adapter on their device."""
         return len(self._on[adapter])
 
+    def _job(self, wire: bytes) -> Job:
+        """What a request asks for, of which routers know no more than these bytes."""
+        return self.answers[int(wire)].job
+
     def _group(self, machines: list[Machine]) -> Group:
         flows = Flows(Tariff.of(PROMPT_WEIGHT, OUTPUT_WEIGHT, LOAD_MIB_WEIGHT), WINDOW)
         blind = self.setting.is_blind
@@ -171,18 +177,18 @@ class Cluster:
         group = self.groups[deal(job.adapter, [group.open for group in self.groups]) if deal else 0]
         deadline = None if self.setting.deadline is None else self.now + self.setting.deadline
         answer = Answer(job, lambda: self.now)
+        self.answers.append(answer)
         answer.request = request = Request(
-            request_id=str(len(self.answers)),
+            request_id=str(len(self.answers) - 1),
             tenant=job.tenant,
             adapter=self._adapters[job.adapter],
             estimated_prompt_tokens=job.prompt,
-            wire=job,
+            wire=str(len(self.answers) - 1).encode(),
             sink=answer,
             span=INVALID_SPAN,
             arrived_at=self.now,
             deadline=deadline if self.setting.is_told else None,
         )
-        self.answers.append(answer)
         if deadline is not None:
             self.at(deadline, lambda: self._give_up(group, request))
         self._post(group, Submit(request))
@@ -207,7 +213,7 @@ class Cluster:
         """What the cache makes of what the routers say of their queues."""
         for group in self.groups:
             of_machine: dict[Machine, dict[str, Expected]] = {machine: {} for machine in group.machines}
-            for request in first_of_each(group.dispatcher.waiting):
+            for request in first_of_each([group.dispatcher.queue]):
                 digest, until = request.adapter.digest, self.now + LOOK_AHEAD_SECONDS
                 expected = Expected("", until, request.arrived_at, request.tenant, "router")
                 of_machine[_roomiest(group.machines, digest)][digest] = expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from bench.fairness.engine import Engine, Job, Model, Running
 from cache.artifact import BaseDescription
@@ -28,6 +28,7 @@ class Machine(Connection):
     Args:
         sizes: bytes of every adapter.
         device_bytes: room for adapters on the device.
+        job: tells what a request asks for.
 
     Attributes:
         device: the cache's state of this engine.
@@ -37,7 +38,9 @@ class Machine(Connection):
         news: adapters that came or went since they were last told of.
     """
 
-    def __init__(self, number: int, model: Model, sizes: Mapping[str, int], device_bytes: int) -> None:
+    def __init__(
+        self, number: int, model: Model, sizes: Mapping[str, int], device_bytes: int, job: Callable[[bytes], Job]
+    ) -> None:
         self.engine_id = self.address = f"engine-{number}"
         self.max_sequences = model.places
         self.is_draining = False
@@ -47,6 +50,7 @@ class Machine(Connection):
         self.served = self.moved_bytes = self.loads = 0
         self.news: set[str] = set()
         self.now = 0.0
+        self._job = job
         self._worth = {digest: Worth(size, cost_to_device(Place.DISK, size)) for digest, size in sizes.items()}
         # Sequences that have not begun, in the order they came.
         self._waiting: dict[int, Running] = {}
@@ -56,7 +60,7 @@ class Machine(Connection):
         self._is_changed = False
 
     def submit(self, sequence: Sequence) -> None:
-        job: Job = sequence.request
+        job = self._job(sequence.request)
         self._waiting[sequence.sequence_id] = Running(job, sequence.sequence_id, self.now)
         self._use(job.adapter, 1)
         if self.device.place(job.adapter) is not DevicePlace.DEVICE:

@@ -216,7 +216,8 @@ async def until_queued(metrics: str, count: int) -> None:
 
 async def memory() -> None:
     metrics = f"127.0.0.1:{free_port()}"
-    flags = ["--metrics-listen", metrics, "--max-queued-requests", "10000", "--max-queued-per-tenant", "10000"]
+    limits = ("requests", "per-tenant", "per-adapter")
+    flags = ["--metrics-listen", metrics, *(word for name in limits for word in (f"--max-queued-{name}", "10000"))]
     with Processes() as processes:
         process, address = await start_router(processes, 0.0, *flags)
         mib = 1 << 20

@@ -290,6 +290,32 @@ def test_an_adapter_in_use_makes_room_for_one_that_waits_for_the_device(loadable
     assert set(picked[-4:]) == {"a", "b"}
 
 
+def test_an_adapter_that_was_held_back_may_have_been_forgotten_when_the_load_ends() -> None:
+    flows = Flows(TARIFF, window=100)
+    flows.enqueue("late", "cold", 1.0, NOWHERE)
+    waiting = flows.pick(anywhere, is_warm)
+    assert waiting
+    flows.loading(waiting, "engine-0")
+    flows.enqueue("a", "a", 1.0, ON_DEVICE)
+    running = flows.pick(anywhere, is_warm)
+    assert running
+    flows.charge(running, 200, 0)
+    # Given that a is held back, being ahead, and asks for nothing more, while others are served
+    backlog(flows, "b", "b", 5)
+    for _ in range(3):
+        ticket = flows.pick(anywhere, is_warm)
+        assert ticket and ticket.tenant == "b"
+        flows.charge(ticket, 20, 0)
+        flows.end(ticket)
+    flows.end(running)
+    # When so many have come and gone that idle flows are forgotten
+    for number in range(2000):
+        flows.end(flows.enqueue("many", f"adapter-{number}", 1.0, ON_DEVICE))
+    assert flows.account("a") is None
+    flows.loaded(waiting)
+    assert flows.enqueue("a", "a", 1.0, ON_DEVICE).where == ON_DEVICE
+
+
 def test_kept_places_are_for_who_has_nothing_on_engines_and_no_more_than_its_share() -> None:
     flows = Flows(TARIFF)
     backlog(flows, "flood", "a", 20)

@@ -31,9 +31,9 @@ class EchoServer:
         call: Any = self.channel.unary_unary("/test.Echo/unary")
         return bytes(await call(request))
 
-    def stream(self) -> Any:
+    def stream(self, request: bytes = b"") -> Any:
         call: Any = self.channel.unary_stream("/test.Echo/stream")
-        return call(b"")
+        return call(request)
 
     async def error_of_unary(self) -> grpc.aio.AioRpcError:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -63,10 +63,14 @@ class EchoServer:
 
 
 @asynccontextmanager
-async def echo_server(**handlers: Callable[..., Any]) -> AsyncIterator[EchoServer]:
+async def echo_server(
+    parse: Callable[[bytes], Any] | None = None, **handlers: Callable[..., Any]
+) -> AsyncIterator[EchoServer]:
     """Serves test.Echo with the handlers named: unary, stream, collect, chat."""
     server = Server()
-    methods: dict[str, Any] = {name: MAKERS[name](handler) for name, handler in handlers.items()}
+    methods: dict[str, Any] = {
+        name: MAKERS[name](handler, request_deserializer=parse) for name, handler in handlers.items()
+    }
     server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
     await server.start("127.0.0.1:0", ["test.Echo"])
     try:

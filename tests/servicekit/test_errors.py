@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -163,6 +165,44 @@ async def test_a_service_error_ends_every_kind_of_call(kind: str) -> None:
     error = await _failure(kind, errors.Aborted("engine lost", "ENGINE_LOST"))
     assert error.code() is grpc.StatusCode.ABORTED
     assert info_of(rpc_status.from_call(error)).reason == "ENGINE_LOST"  # type: ignore[arg-type]
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_argument(caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(request: Any, context: Any) -> bytes:
+        return b""
+
+    async with echo_server(parse=status_pb2.Status.FromString, unary=answer, stream=answer) as server:
+        for call in (server.unary(b"\xff"), server.stream(b"\xff").read()):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not caplog.text
+
+
+class Parsed:
+    """Something that can be referred to weakly."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_handler_that_waits_can_let_go_of_its_request(kind: str) -> None:
+    seen: list[weakref.ref[Parsed]] = []
+
+    async def wait(request: Parsed, context: Any) -> bytes:
+        seen.append(weakref.ref(request))
+        del request
+        await asyncio.get_running_loop().create_future()
+        return b""
+
+    async with echo_server(parse=Parsed, unary=wait, stream=wait) as server:
+        call = asyncio.ensure_future(server.unary()) if kind == "unary" else server.stream()
+        async with asyncio.timeout(5):
+            while not seen:  # noqa: ASYNC110 - a test
+                await asyncio.sleep(0.002)
+        assert seen[0]() is None
+        call.cancel()
 
 
 async def _failure(kind: str, raised: Exception) -> grpc.aio.AioRpcError:
