@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,16 +27,19 @@ def first_of_each(queues: Iterable[Iterable[Request]]) -> list[Request]:
     """The request that has waited longest for each adapter, the longest first; at most MOST. The base needs no adapter.
 
     Args:
-        queues: requests that wait, those of each queue in the order they have waited.
+        queues: requests that wait for each base, in the order they have waited.
     """
-    first: dict[str, Request] = {}
-    for request in heapq.merge(*queues, key=lambda request: request.arrived_at):
-        digest = request.adapter.digest
-        if digest and digest not in first:
-            first[digest] = request
-            if len(first) == MOST:
-                break
-    return list(first.values())
+    found: list[Request] = []
+    for queue in queues:
+        first: dict[str, Request] = {}
+        for request in queue:
+            digest = request.adapter.digest
+            if digest and digest not in first:
+                first[digest] = request
+                if len(first) == MOST:
+                    break
+        found += first.values()
+    return sorted(found, key=lambda request: request.arrived_at)[:MOST]
 
 
 class LookAhead:

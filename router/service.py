@@ -7,8 +7,6 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import grpc
@@ -26,7 +24,7 @@ from router.registry_view import RegistryView
 from router.request import Request, Sink
 from router.validation import MAX_NAME_LENGTH, check_adapter_id, check_generation, check_name, check_prompt
 from router.wire import completion_message, delta_message, generation_from, prompt_from, served_bases
-from servicekit.errors import Cancelled, DeadlineExceeded, InvalidField, ServiceError, code_of
+from servicekit.errors import Cancelled, DeadlineExceeded, Internal, InvalidField, ServiceError, code_of
 from servicekit.status import from_rpc_error
 from servicekit.tracing import context_from_metadata, end_span, start_span
 
@@ -37,15 +35,25 @@ TENANT_KEY = "x-loraplex-tenant"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(slots=True)
 class _Call:
-    """One RPC for an answer, from its first to its last moment."""
+    """One RPC for an answer. However it ends, `ended` hears of it."""
 
-    span: Span
-    arrived_at: float
-    request: Request | None = None
-    completion: Completion | None = None
-    error: ServiceError | None = None
+    __slots__ = ("_ended", "arrived_at", "completion", "context", "request", "span")
+
+    def __init__(self, context: Context, ended: Callable[[_Call, BaseException | None], None]) -> None:
+        parent = context_from_metadata(tuple(context.invocation_metadata() or ()))
+        self.context = context
+        self.arrived_at = time.monotonic()
+        self.span = start_span("loraplex.receive", parent=parent, kind=SpanKind.SERVER)
+        self.request: Request | None = None
+        self.completion: Completion | None = None
+        self._ended = ended
+
+    def __enter__(self) -> _Call:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._ended(self, error)
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -82,10 +90,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, message: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
-        call = self._open(context)
-        try:
+        with self._begin(context) as call:
             sink = Whole()
-            self._submit(call, message, context, sink)
+            self._submit(call, message, sink)
             # Ten thousand may wait. What waits is the request's bytes; the message takes seven times as much.
             del message
             call.completion = completed(await sink.end)
@@ -97,26 +104,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 prompt_logprobs=delta.prompt_logprobs,
                 completion=completion_message(call.completion),
             )
-        except ServiceError as error:
-            call.error = error
-            raise
 
     # Writes by itself instead of yielding: a generator around every message would cost as much as our part of it.
     async def StreamGenerate(  # type: ignore[override]
         self, message: generation_pb2.GenerateRequest, context: Context
     ) -> None:
-        call = self._open(context)
-        try:
+        with self._begin(context) as call:
             outbox = Outbox(self._pulse, self._unread_bytes)
-            self._submit(call, message, context, outbox)
+            self._submit(call, message, outbox)
             del message
             while isinstance(event := await outbox.next(), Delta):
                 await context.write(generation_pb2.StreamGenerateResponse(delta=delta_message(event)))
             call.completion = event
             await context.write(generation_pb2.StreamGenerateResponse(completion=completion_message(event)))
-        except ServiceError as error:
-            call.error = error
-            raise
 
     async def Tokenize(
         self, message: generation_pb2.TokenizeRequest, context: Context
@@ -150,23 +150,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             raise NoEngine()
         return min(engines, key=lambda engine: engine.is_draining)
 
-    def _open(self, context: Context) -> _Call:
-        """Begins a call. Whatever ends the RPC, `_closed` hears of it."""
-        parent = context_from_metadata(tuple(context.invocation_metadata() or ()))
-        call = _Call(start_span("loraplex.receive", parent=parent, kind=SpanKind.SERVER), time.monotonic())
+    def _begin(self, context: Context) -> _Call:
         self._open_calls += 1
         self._idle.clear()
-        context.add_done_callback(partial(self._closed, call))  # type: ignore[arg-type]
-        return call
+        return _Call(context, self._ended)
 
-    def _submit(self, call: _Call, message: generation_pb2.GenerateRequest, context: Context, sink: Sink) -> None:
+    def _submit(self, call: _Call, message: generation_pb2.GenerateRequest, sink: Sink) -> None:
         """Checks a request and hands it to the loop. Raises ServiceError."""
         if self._draining:
             raise Draining()
         span = call.span
         generation = generation_from(message)
         check_generation(generation)
-        tenant = tenant_of(context)
+        tenant = tenant_of(call.context)
         request_id = generation.request_id or uuid.uuid4().hex
         _describe(span, message, tenant, request_id)
         adapter = self._view.resolve(generation.adapter_id)
@@ -185,23 +181,25 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             span=span,
             arrived_at=call.arrived_at,
             most_output_tokens=generation.stopping.max_output_tokens,
-            deadline=_deadline_of(context),
+            deadline=_deadline_of(call.context),
         )
         self._post(Submit(call.request))
 
-    def _closed(self, call: _Call, context: Context) -> None:
+    def _ended(self, call: _Call, error: BaseException | None) -> None:
         status = "OK"
         if call.completion is None:
-            if call.error is None:
-                late = context.time_remaining() == 0
-                call.error = _TOO_LATE if late else _GONE
-            status = code_of(call.error).name
+            if isinstance(error, asyncio.CancelledError):
+                error = _TOO_LATE if call.context.time_remaining() == 0 else _GONE
+            elif not isinstance(error, ServiceError):
+                error = _FAILED
+            status = code_of(error).name
             if call.request:
-                self._post(Cancel(call.request, call.error))
+                self._post(Cancel(call.request, error))
         else:
+            error = None
             _describe_answer(call.span, call.completion)
         metrics.REQUESTS.labels(status).inc()
-        end_span(call.span, call.error)
+        end_span(call.span, error)
         self._open_calls -= 1
         if not self._open_calls:
             self._idle.set()
@@ -209,6 +207,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
 _GONE = Cancelled("the client is gone", "CLIENT_GONE")
 _TOO_LATE = DeadlineExceeded("the client's deadline has passed", "DEADLINE_EXCEEDED")
+_FAILED = Internal("internal error, see the server's log", "INTERNAL")
 
 
 def _deadline_of(context: Context) -> float | None:

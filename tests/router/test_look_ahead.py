@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,19 @@ async def test_the_cache_hears_what_waits_and_what_waits_no_more(monkeypatch: py
         count = len(r.cache.look_aheads)
         await asyncio.sleep(0.3)
         assert len(r.cache.look_aheads) == count
+
+
+def test_who_has_waited_longest_is_first_whichever_base_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(arrived_at: float, digest: str) -> Any:
+        return SimpleNamespace(arrived_at=arrived_at, adapter=SimpleNamespace(digest=digest))
+
+    one = [waiting(1, "a"), waiting(2, ""), waiting(5, "b"), waiting(6, "a")]
+    other = [waiting(0, "c"), waiting(3, "c"), waiting(4, "d")]
+    assert [(r.adapter.digest, r.arrived_at) for r in look_ahead.first_of_each([one, other])] == [
+        ("c", 0),
+        ("a", 1),
+        ("d", 4),
+        ("b", 5),
+    ]
+    monkeypatch.setattr(look_ahead, "MOST", 2)
+    assert [r.adapter.digest for r in look_ahead.first_of_each([one, other])] == ["c", "a"]
