@@ -22,6 +22,7 @@ from engine.messages import Report
 from engine.model import Base, load_base
 from engine.service import Engine, EngineServicer
 from loraplex.engine.v1 import engine_pb2, engine_pb2_grpc
+from servicekit.garbage import collect_when_idle
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
@@ -76,6 +77,8 @@ async def _serve(
     )
     loop.start()
     attached = asyncio.create_task(link.run(loop)) if link else None
+    # Adapters are a thousand objects each: a step would wait a quarter of a second when a hundred have come up.
+    collecting = asyncio.create_task(collect_when_idle(lambda: loop.round_seconds < 0))
     servicer.open(
         Engine(engine_id, base, loop, settings.max_sequences, settings.max_rank, serves_adapters=link is not None)
     )
@@ -86,6 +89,7 @@ async def _serve(
     _log.info("stopping; running sequences get %d s to finish", settings.drain_seconds)
     await server.set_serving(False)
     await servicer.drain(settings.drain_seconds)
+    collecting.cancel()
     if attached:
         attached.cancel()
     loop.stop()
