@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +54,7 @@ async def main() -> None:
         # Below warnings they tell of requests and headers, which hold secrets.
         logging.getLogger(library).setLevel(logging.WARNING)
     lock = _lock(Path(settings.data_dir))
+    _stand_back_together()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "work", initializer=_stand_back))
     sources = make_sources(settings)
     manager = Manager(
@@ -102,6 +104,16 @@ async def _start(manager: Manager) -> None:
 def _stand_back() -> None:
     """Lets engines and routers on this machine go first: this thread reads, packs and writes, which can wait a moment."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)
+
+
+def _stand_back_together() -> None:
+    """The same for the whole process where the kernel shares processors out among sessions: niceness ends at their borders.
+
+    Only in a session of its own, as the launcher gives it; in a container its share is the container's.
+    """
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICE), encoding="ascii")
 
 
 def _lock(data_dir: Path) -> IO[str]:

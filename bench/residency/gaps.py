@@ -29,6 +29,7 @@ from demo.base import default_base_dir, prepare_base
 from engine.config import Settings
 from engine.model import load_base
 from loraplex import LoraplexError
+from servicekit.garbage import settle
 
 # Tokens of each stream before its gaps count: all of them run by then.
 SETTLED = 8
@@ -75,6 +76,8 @@ def main() -> None:
         numbers = range(arguments.streams, arguments.streams + arguments.adapters + arguments.asked)
         return [write_peft_folder(stack.roots, number, targets, arguments.rank) for number in numbers]
 
+    # Nothing of this process stops while its own collector looks at all objects: it would be taken for a gap.
+    settle()
     asyncio.run(_measure(stack, write, arguments))
 
 
