@@ -12,11 +12,9 @@ import logging
 import os
 import random
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc
-import torch
 
 from engine.load_queue import LoadQueue
 from engine.loop import EngineLoop
@@ -55,11 +53,6 @@ class CacheLink:
         self._loading: set[asyncio.Task[None]] = set()
         self._loop: EngineLoop | None = None
         self._queue = LoadQueue(lambda: self._loop is not None and self._loop.load.running > 0)
-        # One thread: at most one adapter is on its way to the device beside those the budget has counted.
-        # One CPU thread of torch's: more would be workers of its own, see engine/__main__.py.
-        self._executor = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="load", initializer=torch.set_num_threads, initargs=(1,)
-        )
 
     def report(self, report: Report) -> None:
         """Passes on what the engine loop has to say to the cache."""
@@ -159,8 +152,8 @@ class CacheLink:
             return await self._read_file(reader, load.digest, str(path))
 
     async def _read_file(self, reader: ArtifactReader, digest: str, path: str) -> DeviceAdapter:
-        async with self._queue.turn(digest):
-            return await self._events.run_in_executor(self._executor, reader.read, digest, path)
+        # One after another: at most one adapter is on its way to the device beside those the budget has counted.
+        return await self._queue.load(digest, lambda: reader.read(digest, path))
 
     def _send(self, report: Report) -> None:
         if isinstance(report, Usage):

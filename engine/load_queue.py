@@ -1,14 +1,24 @@
-"""Loads wait here for their turns, see turns.py. Belongs to the event loop."""
+"""Loads wait here for their turns, see turns.py, and are carried out. Belongs to the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
 
 from engine.turns import Turns
+
+T = TypeVar("T")
+
+# How much nicer than the steps the thread is that loads what nobody waits for.
+NICE = 10
 
 
 class LoadQueue:
@@ -23,6 +33,8 @@ class LoadQueue:
         self._is_running = is_running
         self._turns = Turns()
         self._told: dict[int, asyncio.Future[None]] = {}
+        self._hurried = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
+        self._unhurried = ThreadPoolExecutor(1, "load-ahead", initializer=_stand_back)
         self._wanted: Sequence[str] = ()
         self._later: asyncio.TimerHandle | None = None
 
@@ -31,19 +43,26 @@ class LoadQueue:
         self._wanted = wanted
         self._advance()
 
-    @asynccontextmanager
-    async def turn(self, digest: str) -> AsyncIterator[None]:
-        """Waits until it is this adapter's turn, which lasts as long as the block."""
+    async def load(self, digest: str, work: Callable[[], T]) -> T:
+        """Does the work, which blocks, when it is this adapter's turn; never beside another's."""
         ticket = self._turns.ask(digest)
         self._told[ticket] = told = self._events.create_future()
+        self._advance()
         try:
-            self._advance()
             await told
-            yield
-        finally:
-            del self._told[ticket]
-            self._turns.end(ticket, time.monotonic())
-            self._advance()
+        except asyncio.CancelledError:
+            self._end(ticket)
+            raise
+        thread = self._hurried if digest in self._wanted else self._unhurried
+        working = self._events.run_in_executor(thread, work)
+        working.add_done_callback(lambda _: self._end(ticket))
+        # Work that has begun cannot be interrupted: the turn lasts until it is done, whoever still waits for it.
+        return await asyncio.shield(working)
+
+    def _end(self, ticket: int) -> None:
+        del self._told[ticket]
+        self._turns.end(ticket, time.monotonic())
+        self._advance()
 
     def _advance(self) -> None:
         if self._later is not None:
@@ -55,3 +74,9 @@ class LoadQueue:
             self._told[ticket].set_result(None)
         elif wait < math.inf:
             self._later = self._events.call_later(wait, self._advance)
+
+
+def _stand_back() -> None:
+    # More would be workers of its own, see engine/__main__.py.
+    torch.set_num_threads(1)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)

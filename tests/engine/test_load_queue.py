@@ -1,0 +1,88 @@
+"""Loads take their turns on threads of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+
+import pytest
+
+from engine.load_queue import LoadQueue
+
+
+def _niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+async def test_a_hundred_loads_nobody_waits_for_do_not_hold_up_the_one_a_sequence_waits_for() -> None:
+    queue = LoadQueue(lambda: True)
+    done: list[str] = []
+
+    def work(digest: str) -> None:
+        time.sleep(0.02)
+        done.append(digest)
+
+    ahead = [asyncio.create_task(queue.load(f"ahead-{n}", lambda n=n: work(f"ahead-{n}"))) for n in range(100)]
+    while not done:
+        await asyncio.sleep(0.001)
+    queue.heed(["waited-for"])
+    began = time.monotonic()
+    await queue.load("waited-for", lambda: work("waited-for"))
+    # Alone it takes 20 ms. All that may come before it is the one that was under way.
+    assert done.index("waited-for") <= 2
+    assert time.monotonic() - began < 1.0
+    for task in ahead:
+        task.cancel()
+    await asyncio.gather(*ahead, return_exceptions=True)
+
+
+async def test_one_that_waits_already_goes_at_once_when_a_sequence_comes_to_wait_for_it() -> None:
+    queue = LoadQueue(lambda: True)
+    await queue.load("before", lambda: time.sleep(0.5))
+    # A rest of 1.5 s has begun.
+    loading = asyncio.create_task(queue.load("a", time.monotonic))
+    await asyncio.sleep(0.01)
+    began = time.monotonic()
+    queue.heed(["a"])
+    assert await loading - began < 0.5
+
+
+async def test_what_nobody_waits_for_stands_back_and_what_a_sequence_waits_for_does_not() -> None:
+    queue = LoadQueue(lambda: False)
+    queue.heed(["b"])
+    assert await queue.load("a", _niceness) > _niceness()
+    assert await queue.load("b", _niceness) == _niceness()
+
+
+async def test_without_running_sequences_nothing_rests() -> None:
+    queue = LoadQueue(lambda: False)
+    began = time.monotonic()
+    for number in range(5):
+        await queue.load(str(number), lambda: time.sleep(0.05))
+    assert time.monotonic() - began < 0.25 + 0.5
+
+
+async def test_work_that_fails_or_is_given_up_lets_the_next_one_in_when_it_is_over() -> None:
+    queue = LoadQueue(lambda: False)
+    running: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    def long() -> None:
+        running.append("long")
+        time.sleep(0.3)
+        running.remove("long")
+
+    with pytest.raises(ValueError, match="broken"):
+        await queue.load("a", fail)
+    given_up = asyncio.create_task(queue.load("b", long))
+    waiting = asyncio.create_task(queue.load("c", lambda: None))
+    while not running:
+        await asyncio.sleep(0.001)
+    given_up.cancel()
+    waiting.cancel()
+    # Not beside the work that nobody waits for any more: it cannot be interrupted.
+    assert await queue.load("d", lambda: list(running)) == []
