@@ -17,16 +17,19 @@ def _niceness() -> int:
 
 
 async def test_a_hundred_loads_nobody_waits_for_do_not_hold_up_the_one_a_sequence_waits_for() -> None:
-    queue = LoadQueue(lambda: True)
+    queue, begun = LoadQueue(lambda: True), threading.Event()
     done: list[str] = []
 
     def work(digest: str) -> None:
+        begun.set()
         time.sleep(0.02)
         done.append(digest)
 
-    ahead = [asyncio.create_task(queue.load(f"ahead-{n}", lambda n=n: work(f"ahead-{n}"))) for n in range(100)]
-    while not done:
-        await asyncio.sleep(0.001)
+    async def load_ahead(number: int) -> None:
+        await queue.load(f"ahead-{number}", lambda: work(f"ahead-{number}"))
+
+    ahead = [asyncio.create_task(load_ahead(number)) for number in range(100)]
+    await asyncio.to_thread(begun.wait)
     queue.heed(["waited-for"])
     began = time.monotonic()
     await queue.load("waited-for", lambda: work("waited-for"))
@@ -67,12 +70,14 @@ async def test_without_running_sequences_nothing_rests() -> None:
 async def test_work_that_fails_or_is_given_up_lets_the_next_one_in_when_it_is_over() -> None:
     queue = LoadQueue(lambda: False)
     running: list[str] = []
+    begun = threading.Event()
 
     def fail() -> None:
         raise ValueError("broken")
 
     def long() -> None:
         running.append("long")
+        begun.set()
         time.sleep(0.3)
         running.remove("long")
 
@@ -80,8 +85,7 @@ async def test_work_that_fails_or_is_given_up_lets_the_next_one_in_when_it_is_ov
         await queue.load("a", fail)
     given_up = asyncio.create_task(queue.load("b", long))
     waiting = asyncio.create_task(queue.load("c", lambda: None))
-    while not running:
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(begun.wait)
     given_up.cancel()
     waiting.cancel()
     # Not beside the work that nobody waits for any more: it cannot be interrupted.
