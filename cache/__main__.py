@@ -27,6 +27,7 @@ from cache.tiers import FileTier
 from loraplex.cache.v1 import artifact_pb2, artifact_pb2_grpc, residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from servicekit.errors import StartupError
+from servicekit.garbage import settle
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
@@ -79,6 +80,7 @@ async def main() -> None:
         adapters.resume()
         await server.start(settings.listen, SERVICES)
         await server.set_serving(True)
+        settle()
         _log.info("serving on %s, node %s, %d adapters", settings.listen, node_id, len(manager.view.records))
         await stop_requested()
         _log.info("stopping")
