@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +14,6 @@ import torch
 from engine.turns import Turns
 
 T = TypeVar("T")
-
-# How much nicer than the steps the thread is that loads what nobody waits for.
-NICE = 10
 
 
 class LoadQueue:
@@ -33,8 +28,9 @@ class LoadQueue:
         self._is_running = is_running
         self._turns = Turns()
         self._told: dict[int, asyncio.Future[None]] = {}
-        self._hurried = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
-        self._unhurried = ThreadPoolExecutor(1, "load-ahead", initializer=_stand_back)
+        # One CPU thread of torch's: more would be workers of its own, see engine/__main__.py. No nicer than the others:
+        # a sequence may come to wait for a load that has begun, and niceness cannot be taken back.
+        self._thread = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
         self._wanted: Sequence[str] = ()
         self._later: asyncio.TimerHandle | None = None
 
@@ -53,8 +49,7 @@ class LoadQueue:
         except asyncio.CancelledError:
             self._end(ticket)
             raise
-        thread = self._hurried if digest in self._wanted else self._unhurried
-        working = self._events.run_in_executor(thread, work)
+        working = self._events.run_in_executor(self._thread, work)
         working.add_done_callback(lambda _: self._end(ticket))
         # Work that has begun cannot be interrupted: the turn lasts until it is done, whoever still waits for it.
         return await asyncio.shield(working)
@@ -74,9 +69,3 @@ class LoadQueue:
             self._told[ticket].set_result(None)
         elif wait < math.inf:
             self._later = self._events.call_later(wait, self._advance)
-
-
-def _stand_back() -> None:
-    # More would be workers of its own, see engine/__main__.py.
-    torch.set_num_threads(1)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)

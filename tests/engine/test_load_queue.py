@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 
 import pytest
 
 from engine.load_queue import LoadQueue
-
-
-def _niceness() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 async def test_a_hundred_loads_nobody_waits_for_do_not_hold_up_the_one_a_sequence_waits_for() -> None:
@@ -50,13 +45,6 @@ async def test_one_that_waits_already_goes_at_once_when_a_sequence_comes_to_wait
     began = time.monotonic()
     queue.heed(["a"])
     assert await loading - began < 0.5
-
-
-async def test_what_nobody_waits_for_stands_back_and_what_a_sequence_waits_for_does_not() -> None:
-    queue = LoadQueue(lambda: False)
-    queue.heed(["b"])
-    assert await queue.load("a", _niceness) > _niceness()
-    assert await queue.load("b", _niceness) == _niceness()
 
 
 async def test_without_running_sequences_nothing_rests() -> None:
