@@ -39,8 +39,6 @@ MIB = 1024 * 1024
 REDIS_PATIENCE_SECONDS = 5.0
 # Threads for files and packing, and how much nicer than the rest they are.
 WORKERS, NICE = 6, 10
-# How much nicer the process is than the other sessions: less, as requests may wait for what it does.
-NICE_TOGETHER = 5
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     residency_pb2.DESCRIPTOR.services_by_name["ResidencyService"].full_name,
@@ -117,7 +115,7 @@ def _stand_back_together() -> None:
     """
     if os.getsid(0) == os.getpid():
         with suppress(OSError):
-            Path("/proc/self/autogroup").write_text(str(NICE_TOGETHER), encoding="ascii")
+            Path("/proc/self/autogroup").write_text(str(NICE), encoding="ascii")
 
 
 def _lock(data_dir: Path) -> IO[str]:

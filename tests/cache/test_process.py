@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cache.__main__ import NICE_TOGETHER
+from cache.__main__ import NICE
 from tests.cache.conftest import Store, binary_of
 
 
@@ -90,7 +90,7 @@ def test_in_a_session_of_its_own_it_lets_the_engines_of_the_machine_go_first(
         process.send_signal(signal.SIGTERM)
         last_line(process)
     # A session that is not its own is left as it is.
-    assert theirs.endswith(f" nice {NICE_TOGETHER}\n") if session else theirs == ours
+    assert theirs.endswith(f" nice {NICE}\n") if session else theirs == ours
     assert group.read_text(encoding="ascii") == ours
 
 
