@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,7 @@ from cache.tiers import FileTier
 from loraplex.cache.v1 import artifact_pb2, artifact_pb2_grpc, residency_pb2, residency_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from servicekit.errors import StartupError
+from servicekit.garbage import settle
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
@@ -53,6 +55,7 @@ async def main() -> None:
         # Below warnings they tell of requests and headers, which hold secrets.
         logging.getLogger(library).setLevel(logging.WARNING)
     lock = _lock(Path(settings.data_dir))
+    _stand_back_together()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "work", initializer=_stand_back))
     sources = make_sources(settings)
     manager = Manager(
@@ -77,6 +80,7 @@ async def main() -> None:
         adapters.resume()
         await server.start(settings.listen, SERVICES)
         await server.set_serving(True)
+        settle()
         _log.info("serving on %s, node %s, %d adapters", settings.listen, node_id, len(manager.view.records))
         await stop_requested()
         _log.info("stopping")
@@ -102,6 +106,16 @@ async def _start(manager: Manager) -> None:
 def _stand_back() -> None:
     """Lets engines and routers on this machine go first: this thread reads, packs and writes, which can wait a moment."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)
+
+
+def _stand_back_together() -> None:
+    """The same for the whole process where the kernel shares processors out among sessions: niceness ends at their borders.
+
+    Only in a session of its own, as the launcher gives it; in a container its share is the container's.
+    """
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICE), encoding="ascii")
 
 
 def _lock(data_dir: Path) -> IO[str]:

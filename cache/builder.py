@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from cache import metrics
@@ -16,6 +17,8 @@ from servicekit.tracing import context_from, end_span, start_span
 
 # An adapter is in memory as file, as tensors and packed while it is being built.
 BUILDS_AT_ONCE = 2
+# One place is kept for what is needed now; and the rest of the node keeps its processors while many are registered.
+UNHURRIED_AT_ONCE = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Builder:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._builds = asyncio.Semaphore(BUILDS_AT_ONCE)
+        self._unhurried = asyncio.Semaphore(UNHURRIED_AT_ONCE)
 
     async def build(
         self,
@@ -46,8 +50,12 @@ class Builder:
         traceparent: str = "",
         revision: str = "",
         credentials: Credentials = NO_CREDENTIALS,
+        *,
+        is_needed: bool = False,
     ) -> Artifact:
         """The artifact of the adapter at a source, for the base that `base_for` makes of the name in its files.
+
+        What is needed, as requests may wait for it, does not wait for what is not.
 
         Raises what Source.fetch, `base_for` and build_artifact raise.
         """
@@ -55,7 +63,7 @@ class Builder:
         try:
             # Not among the builds: a source that hangs must not keep others from being built.
             files = await self.source.fetch(source_uri, revision, credentials)
-            async with self._builds:
+            async with self._turn(is_needed):
                 config = await asyncio.to_thread(parse_peft_config, files.config)
                 # Not in the thread: what the choice depends on is the event loop's.
                 base = base_for(config.base_model)
@@ -82,7 +90,12 @@ class Builder:
                 raise SourceMoved(origin.source_uri)
             return
         files = await self.source.fetch(origin.source_uri, "", NO_CREDENTIALS)
-        async with self._builds:
+        async with self._turn(is_needed=True):
             found = await asyncio.to_thread(digest_of, files, origin.base)
         if found != digest:
             raise SourceChanged(origin.source_uri, digest, found)
+
+    @asynccontextmanager
+    async def _turn(self, is_needed: bool) -> AsyncIterator[None]:
+        async with nullcontext() if is_needed else self._unhurried, self._builds:
+            yield

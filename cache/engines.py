@@ -190,6 +190,16 @@ class Engine:
             elif expected.until == math.inf and self.place(digest) is DevicePlace.DEVICE:
                 self.expected[digest] = replace(expected, until=now + LOOK_AHEAD_SECONDS)
 
+    def forget(self, digest: str) -> None:
+        """A version is given up that no adapter points to: what was preloaded once is not brought back for that."""
+        if digest in self.expected and not self.expected[digest].router_id:
+            del self.expected[digest]
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What requests use or wait for, here or in a router's queue."""
+        return self.in_use | {digest for digest, expected in self.expected.items() if expected.router_id}
+
     def _has_come(self, digest: str) -> None:
         """The one use that was expected has come. What stands in a router's queue, its router takes out."""
         if digest in self.expected and not self.expected[digest].router_id:

@@ -34,7 +34,9 @@ class Fetcher:
             if waited and (size := await self._from_neighbour(key, everyone=True)) is not None:
                 return size
             base = replace(origin.base, dtype=key.dtype)
-            artifact = await self._builder.build(origin.source_uri, lambda _: base, traceparent, origin.revision)
+            artifact = await self._builder.build(
+                origin.source_uri, lambda _: base, traceparent, origin.revision, is_needed=True
+            )
             if artifact.digest != key.digest:
                 raise SourceChanged(origin.source_uri, key.digest, artifact.digest)
             # Within the flight: whoever waits for it finds the artifact here.

@@ -195,9 +195,10 @@ class Manager:
             return
         alive = set(self.view.digests) | self._protected.keys()
         for engine in self.engines.values():
-            for digest in [d for d in engine.resident if d not in alive and d not in engine.in_use]:
+            for digest in [d for d in engine.resident if d not in alive | engine.needed]:
                 self._evict(engine, digest)
-            alive |= engine.device.keys() | engine.in_use
+                engine.forget(digest)
+            alive |= engine.device.keys() | engine.needed
         self.shelf.collect(alive)
 
     def _measure(self) -> None:

@@ -12,12 +12,11 @@ import logging
 import os
 import random
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc
-import torch
 
+from engine.load_queue import LoadQueue
 from engine.loop import EngineLoop
 from engine.lora import DeviceAdapter
 from engine.messages import Deny, Evict, Evicted, Install, Loaded, LoadFailed, Report, Usage
@@ -52,11 +51,8 @@ class CacheLink:
         self._outbox: asyncio.Queue[wire.AttachEngineRequest] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._loading: set[asyncio.Task[None]] = set()
-        # One thread: at most one adapter is on its way to the device beside those the budget has counted.
-        # One CPU thread of torch's: more would be workers of its own, see engine/__main__.py.
-        self._executor = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="load", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._loop: EngineLoop | None = None
+        self._queue = LoadQueue(lambda: self._loop is not None and self._loop.load.running > 0)
 
     def report(self, report: Report) -> None:
         """Passes on what the engine loop has to say to the cache."""
@@ -68,6 +64,7 @@ class CacheLink:
 
     async def run(self, loop: EngineLoop) -> None:
         """Stays attached until cancelled."""
+        self._loop = loop
         delay = FIRST_DELAY
         while True:
             try:
@@ -148,16 +145,20 @@ class CacheLink:
 
     async def _read(self, load: wire.LoadArtifact) -> DeviceAdapter:
         """An adapter from the host tier, mapped; as a stream when the cache is on another machine."""
-        threads = asyncio.get_running_loop()
         if os.path.exists(load.path) or self._channel is None:  # noqa: ASYNC240 - in shared memory
-            return await threads.run_in_executor(self._executor, self._reader.read, load.digest, load.path)
+            return await self._read_file(self._reader, load.digest, load.path)
         async with copied(self._channel, load.digest, self._base.dtype) as path:
             reader = replace(self._reader, host_tier=glob.escape(os.path.realpath(path.parent)))  # noqa: ASYNC240
-            return await threads.run_in_executor(self._executor, reader.read, load.digest, str(path))
+            return await self._read_file(reader, load.digest, str(path))
+
+    async def _read_file(self, reader: ArtifactReader, digest: str, path: str) -> DeviceAdapter:
+        # One after another: at most one adapter is on its way to the device beside those the budget has counted.
+        return await self._queue.load(digest, lambda: reader.read(digest, path))
 
     def _send(self, report: Report) -> None:
         if isinstance(report, Usage):
             self._usage = report
+            self._queue.heed(report.wanted)
         if self._outbox is None:
             # Detached: the next description and the kept usage say it all.
             return

@@ -71,14 +71,28 @@ class Layout:
         return tuple(delta and filled(delta) for delta in self.deltas)
 
 
+class Memory:
+    """Host memory that files are read to, one after another: new memory for each is as much work as the reading."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> torch.Tensor:
+        """uint8 [size], until the next is asked for."""
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size]
+
+
 @dataclass(frozen=True, slots=True)
 class ArtifactReader:
-    """Reads packed artifacts for one base.
+    """Reads packed artifacts for one base, one at a time.
 
     Attributes:
         host_tier: folder artifacts must lie in once symbolic links are resolved, or a pattern of such folders.
         projections: the base's.
         layouts: by what the headers of artifacts say beside their digests.
+        memory: that the artifact is in until it is on the device.
     """
 
     host_tier: str
@@ -87,6 +101,7 @@ class ArtifactReader:
     device: torch.device
     max_rank: int
     layouts: dict[bytes, Layout] = field(default_factory=dict, kw_only=True, compare=False, repr=False)
+    memory: Memory = field(default_factory=Memory, kw_only=True, compare=False, repr=False)
 
     def read(self, digest: str, path: str) -> DeviceAdapter:
         """Brings an artifact to the device; raises BadArtifact and names what is wrong with it."""
@@ -112,7 +127,7 @@ class ArtifactReader:
             with real.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = file.read(min(length, MAX_HEADER))
-                content = torch.empty(max(0, os.fstat(file.fileno()).st_size - 8 - length), dtype=torch.uint8)
+                content = self.memory.of(max(0, os.fstat(file.fileno()).st_size - 8 - length))
                 # Lets other threads run meanwhile.
                 read = file.readinto(content.numpy().data)
         except OSError as error:

@@ -23,6 +23,7 @@ from router.inbox import Message, Stop
 from router.ledger import Ledger
 from router.look_ahead import LookAhead
 from router.service import GenerationServicer
+from servicekit.garbage import settle
 from servicekit.metrics import serve_metrics
 from servicekit.server import Server, run, stop_requested
 from servicekit.settings import read_settings
@@ -152,6 +153,7 @@ async def main() -> None:
     router_id = settings.router_id or f"router-{socket.gethostname()}-{os.getpid()}"
     setup_tracing("router", router_id)
     serve_metrics(settings.metrics_listen)
+    settle()
     await Router(settings, router_id).run(stop_requested())
 
 

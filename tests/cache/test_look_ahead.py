@@ -114,3 +114,28 @@ async def test_a_thousand_who_want_one_cold_adapter_are_one_fetch_and_one_load(
         assert slow.reads == reads + 1 and len(engine.loads) == 1
         assert LOADS._value.get() == loads + 1
         assert FETCHES.labels("ok")._value.get() == fetches + 1
+
+
+async def test_what_was_preloaded_and_deleted_is_not_loaded_again(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
+        [digest] = await some(cache, 1)
+        await cache.adapters.PreloadAdapter(pb.PreloadAdapterRequest(adapter_id="a0", tier=pb.TIER_DEVICE))
+        await cache.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter_id="a0"))
+        await eventually(lambda: digest not in engine.resident and digest not in device(cache).device)
+        await asyncio.sleep(0.3)
+        assert [load.digest for load in engine.loads] == [digest]
+        assert device(cache).expected == {}
+
+
+async def test_a_version_that_requests_queue_for_outlives_its_adapter(module_store: Store, tmp_path: Path) -> None:
+    async with served(module_store, tmp_path) as (cache, engine, _):
+        [digest] = await some(cache, 1)
+        await look_ahead(cache, digest)
+        await eventually(lambda: digest in engine.resident)
+        await cache.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter_id="a0"))
+        await asyncio.sleep(0.3)
+        assert digest in engine.resident and len(engine.loads) == 1
+        # Its requests have gone: so may it
+        await look_ahead(cache)
+        await eventually(lambda: digest not in engine.resident)
+        assert len(engine.loads) == 1

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cache.__main__ import NICE
 from tests.cache.conftest import Store, binary_of
 
 
@@ -32,10 +33,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(folder: Path, url: str, port: int, *flags: str) -> subprocess.Popen[str]:
+def start(folder: Path, url: str, port: int, *flags: str, session: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "cache", "--listen", f"127.0.0.1:{port}", "--redis", url]
     command += ["--data-dir", str(folder), "--host-tier", f"{folder}-host", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=session)
 
 
 def wait_until_serving(port: int) -> None:
@@ -71,6 +72,26 @@ def test_it_serves_refuses_a_second_one_and_drains(valkey: Store, tmp_path: Path
         assert "stopping" in last_line(process)
     assert process.returncode == 0
     assert (tmp_path / "data-host").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_in_a_session_of_its_own_it_lets_the_engines_of_the_machine_go_first(
+    valkey: Store, tmp_path: Path, session: bool
+) -> None:
+    group = Path("/proc/self/autogroup")
+    if not group.exists():
+        pytest.skip("this kernel does not share processors out among sessions")
+    ours = group.read_text(encoding="ascii")
+    process = start(tmp_path / "data", valkey.url, port := free_port(), session=session)
+    try:
+        wait_until_serving(port)
+        theirs = Path(f"/proc/{process.pid}/autogroup").read_text(encoding="ascii")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        last_line(process)
+    # A session that is not its own is left as it is.
+    assert theirs.endswith(f" nice {NICE}\n") if session else theirs == ours
+    assert group.read_text(encoding="ascii") == ours
 
 
 def test_its_libraries_bring_no_torch_with_them() -> None:
