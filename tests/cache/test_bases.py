@@ -160,7 +160,7 @@ async def test_bases_that_may_be_meant_or_are_unknown_are_named(
     assert not (await cache.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
     # What was refused for its choice is taken once there is one
     two[0].leave()
-    await eventually(lambda: len(cache.manager.engines) == 1)
+    await eventually(lambda: len(cache.manager.devices.engines) == 1)
     assert (await register(cache)).base_digest == TWO
 
 
@@ -196,7 +196,7 @@ async def test_preloading_waits_for_engines_of_the_adapters_base_only(
     await preload(cache, "ours")
     assert list(one.resident) == [ours.digest] and not other.loads
     one.leave()
-    await eventually(lambda: len(cache.manager.engines) == 1)
+    await eventually(lambda: len(cache.manager.devices.engines) == 1)
     assert (await refused(preload(cache, "ours"))).reason == "NO_ENGINE"
     # Without an engine of its base, half of the way can be gone
     await preload(cache, "ours", pb.TIER_HOST)
@@ -262,7 +262,7 @@ async def test_a_base_that_nobody_uses_any_more_is_not_in_the_way(cache: Cache) 
         await engine.attach()
         if name == "one":
             engine.leave()
-            await eventually(lambda: not cache.manager.engines)
+            await eventually(lambda: not cache.manager.devices.engines)
     assert (await register(cache, "a")).base_digest == TWO
     # But it can be named
     assert (await register(cache, "b", base_model="one")).base_digest == ONE
@@ -307,7 +307,7 @@ async def test_while_redis_is_away_only_engines_of_known_bases_attach(store: Sto
         known = engine_of(cache, "one", ONE)
         await known.attach()
         known.leave()
-        await eventually(lambda: not cache.manager.engines)
+        await eventually(lambda: not cache.manager.devices.engines)
         store.kill()
         await engine_of(cache, "one", ONE).attach()
         assert (await refused(engine_of(cache, "two", TWO).attach())).reason == "REGISTRY_UNREACHABLE"
