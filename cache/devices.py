@@ -69,8 +69,7 @@ class Devices:
         for digest in {*engine.wants, *engine.expected}:
             if (error := self._obstacle(engine, digest)) is not None:
                 engine.refuse(digest, error)
-        pinned = {record.digest for record in self._view.records.values() if record.pinned}
-        pinned = {digest for digest in pinned if self._obstacle(engine, digest) is None}
+        pinned = {digest for digest in self._view.pinned if self._obstacle(engine, digest) is None}
         decided = engine.plan(pinned, self._appraise)
         for digest in decided.hopeless:
             if digest in engine.wants or digest in engine.expected:

@@ -70,7 +70,7 @@ class Manager:
         self.holdings = Holdings(disk, host, self._announce)
         # Of one mind about both tiers: it knows versions, not tiers.
         tiers = Value()
-        room = DiskRoom(self.holdings, self.builder, self._origin_of, self._demand, tiers)
+        self._room = room = DiskRoom(self.holdings, self.builder, self._origin_of, self._demand, tiers.popularity)
         fetcher = Fetcher(self.builder, self.flights, Neighbours(self.link, room), room)
         self.shelf = Shelf(self.holdings, room, fetcher, self._origin_of, self._announce, tiers)
         self.devices = Devices(
@@ -93,6 +93,7 @@ class Manager:
         """Reads the registry and the tiers. Raises RegistryUnreachable."""
         await self.link.reconcile()
         await self.holdings.find()
+        self._room.keep_account()
         for forever in (self._run(), self.link.keep_in_touch(), self.link.listen(), self.link.tell_moves()):
             self.spawn(forever)
 
@@ -116,6 +117,7 @@ class Manager:
             await self._wake.wait()
             self._wake.clear()
             try:
+                self._room.keep_account(self.view.news())
                 self.devices.advance(time.monotonic())
                 self.shelf.advance(self.devices.needed_on_host())
                 self._collect_garbage()
@@ -154,8 +156,7 @@ class Manager:
 
     def _demand(self) -> Demand:
         """What this node needs of its artifacts."""
-        pinned = {record.digest for record in self.view.records.values() if record.pinned}
-        return demand_of(self.devices.engines.values(), pinned, self._protected.keys() | self.shelf.wished)
+        return demand_of(self.devices.engines.values(), self.view.pinned, self._protected.keys() | self.shelf.wished)
 
     # For those who ask on behalf of callers
 

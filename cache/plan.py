@@ -132,23 +132,40 @@ def plan(
 
 
 def make_room(
-    residents: Sequence[Resident], size_bytes: int, soon: Sequence[str], free_bytes: int, policy: Policy
+    unasked: Iterable[Resident], soon: Sequence[Resident], size_bytes: int, free_bytes: int
 ) -> tuple[str, ...]:
     """What to evict now for something of a size, in a tier that everything is brought to by someone who waits for it.
 
+    The same as `plan` would say, but read only as far as it takes: such a tier may hold very many.
+
     Args:
-        soon: digests that are needed soon, the soonest first; as far as they fit beside the newcomer they are the horizon.
+        unasked: what may go and nobody has asked for, the first to go first.
+        soon: what may go and is needed soon, the soonest first; as far as it fits beside the newcomer it is the horizon.
         free_bytes: what neither the residents take nor anything on its way.
 
     Returns:
         Digests that together make the room; none when there is room, or when all that may go would not make it.
     """
-    here = {resident.digest: resident for resident in residents}
-    # A name that no digest has.
-    wanted = [Wanted("", size_bytes, urgent=True)]
-    wanted += [Wanted(digest, here[digest].size_bytes) for digest in soon if digest in here]
-    budget_bytes = free_bytes + sum(resident.size_bytes for resident in residents)
-    return plan(residents, wanted, budget_bytes, policy).evictions
+    lacking = size_bytes - free_bytes
+    victims: list[Resident] = []
+    freed = 0
+    if lacking <= 0:
+        return ()
+    for resident in unasked:
+        victims.append(resident)
+        freed += resident.size_bytes
+        if freed >= lacking:
+            return tuple(victim.digest for victim in _enough(victims, lacking))
+    left = freed + sum(resident.size_bytes for resident in soon) - lacking
+    if left < 0:
+        return ()
+    late: list[Resident] = []
+    for resident in soon:
+        if resident.size_bytes <= left:
+            left -= resident.size_bytes
+        else:
+            late.append(resident)
+    return tuple(victim.digest for victim in _enough([*victims, *reversed(late)], lacking))
 
 
 def _without_repeats(wanted: Sequence[Wanted]) -> list[Wanted]:

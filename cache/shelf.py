@@ -142,6 +142,8 @@ class Shelf:
         self._holdings.touch(key)
         for _ in range(times):
             self._policy.used(key.name, self._holdings.size(key), 0.0)
+        if times:
+            self._room.used(key)
 
     def advance(self, needed: Collection[ArtifactKey]) -> None:
         """Moves every wish a step on; never evicts from the host tier what is `needed` there or wished for."""

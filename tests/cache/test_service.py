@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from cache.tiers import ArtifactKey
 from loraplex.cache.v1 import residency_pb2
 from loraplex.v1 import adapter_pb2 as pb
-from servicekit.errors import ServiceError
+from servicekit.errors import Code, ServiceError, code_of
 from servicekit.status import from_rpc_error
 from tests.cache.conftest import Cache, FakeEngine, Store, eventually, make_tensors, serve_cache, write_adapter
 
@@ -211,7 +211,7 @@ async def test_an_engine_that_miscounts_is_told_so(cache: Cache, engine: FakeEng
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await engine.task
     error = from_rpc_error(caught.value)
-    assert (code_of(error), error.reason, error.metadata["field"]) == (Code.INVALID_ARGUMENT, "OUT_OF_RANGE", "in_use.begun")
+    assert (code_of(error), error.reason) == (Code.INVALID_ARGUMENT, "OUT_OF_RANGE") and "in_use.begun" in error.message
 
 
 async def test_an_adapter_too_large_for_the_device_is_refused(cache: Cache, engine: FakeEngine) -> None:
