@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # So many of the look-ahead are loaded before they are waited for, so that the next loads are under way. More would mean to
-# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded.
+# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded. Those behind the
+# first push out nothing that is queued: until they are waited for, leases end, and something needed later may go instead.
 EAGER = 2
 
 
@@ -127,7 +128,7 @@ def plan(
             continue
         waiting.append(want.digest)
         if is_due:
-            room.make(want.size_bytes, policy, budget_bytes * tenant_share)
+            room.make(want.size_bytes, policy, budget_bytes * tenant_share, gently=not want.urgent and ahead > 1)
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
 
 
@@ -196,6 +197,7 @@ class _Room:
         self.free = free
         self._coming = sum(resident.size_bytes for resident in here.values() if resident.leaving)
         self._here, self._needs, self._near = here, needs, near
+        self._asked = {want.digest for want in needs}
         self._victims: list[Resident] | None = None
 
     def take(self, size_bytes: int) -> bool:
@@ -205,24 +207,29 @@ class _Room:
         self.free -= size_bytes
         return True
 
-    def make(self, size_bytes: int, policy: Policy, quota_bytes: float) -> None:
-        """Keeps what is free for something larger, and evicts for what it lacks beside what is coming anyway."""
+    def make(self, size_bytes: int, policy: Policy, quota_bytes: float, *, gently: bool) -> None:
+        """Keeps what is free for something larger, and evicts for what it lacks beside what is coming anyway.
+
+        Gently: only if it need not evict what someone waits for, if later.
+        """
         lacking = size_bytes - max(self.free, 0) - self._coming
+        if lacking > 0 and self._victims is None:
+            self._victims = self._in_order(policy, quota_bytes)
+        victims = [one for one in self._victims or () if not (gently and one.digest in self._asked)]
+        if gently and sum(victim.size_bytes for victim in victims) < lacking:
+            return
         self.free = min(self.free, 0)
         if lacking > 0:
-            if self._victims is None:
-                self._victims = self._in_order(policy, quota_bytes)
-            chosen = _enough(self._victims, lacking)
+            chosen = _enough(victims, lacking)
             self.evictions += [victim.digest for victim in chosen]
-            self._victims = [victim for victim in self._victims if victim not in chosen]
+            self._victims = [victim for victim in self._victims or () if victim not in chosen]
             lacking -= sum(victim.size_bytes for victim in chosen)
         self._coming = max(-lacking, 0)
 
     def _in_order(self, policy: Policy, quota_bytes: float) -> list[Resident]:
         """Everything that may go, the first to go first."""
-        asked = {want.digest for want in self._needs}
         may_go = [resident for resident in self._here.values() if not (resident.kept or resident.leaving)]
-        unasked = list(policy.order(resident for resident in may_go if resident.digest not in asked))
+        unasked = list(policy.order(resident for resident in may_go if resident.digest not in self._asked))
         late = [self._here[want.digest] for want in reversed(self._needs) if want.digest in self._here]
         late = [one for one in late if not (one.kept or one.leaving) and one.digest not in self._near]
         return _over_quota_first(unasked, self._here.values(), quota_bytes) + late

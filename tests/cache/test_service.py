@@ -97,7 +97,10 @@ async def test_an_expected_digest_must_match(cache: Cache, engine: FakeEngine) -
 
 
 async def test_without_a_base_nothing_can_be_validated(cache: Cache) -> None:
-    assert (await refused(register(cache))).reason == "BASE_UNKNOWN"
+    asked: tuple[dict[str, str], ...] = ({}, {"base_model": "tiny"})
+    for fields in asked:
+        error = await refused(register(cache, **fields))
+        assert (code_of(error), error.reason) == (Code.UNAVAILABLE, "BASE_UNKNOWN")
 
 
 @pytest.mark.parametrize(
