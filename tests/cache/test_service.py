@@ -97,9 +97,8 @@ async def test_an_expected_digest_must_match(cache: Cache, engine: FakeEngine) -
 
 
 async def test_without_a_base_nothing_can_be_validated(cache: Cache) -> None:
-    asked: tuple[dict[str, str], ...] = ({}, {"base_model": "tiny"})
-    for fields in asked:
-        error = await refused(register(cache, **fields))
+    for base_model in ("", "tiny"):
+        error = await refused(register(cache, base_model=base_model))
         assert (code_of(error), error.reason) == (Code.UNAVAILABLE, "BASE_UNKNOWN")
 
 
