@@ -5,9 +5,10 @@ Beckmann, Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Obj
 requests for the same adapter it is either kept, as a whole or (in the bound only) in part, or loaded again. While request t
 starts, its own adapter takes its room and what is kept across t must fit beside it. The bound knows the whole future.
 
-Without a timetable it knows no leases: an adapter may go the moment its request has started. No server can do that. With the
-timetable of a run it knows them: from the start of a request to its end its adapter takes its room whatever else is kept, and
-only what is left is shared out. That is a bound for every policy under which requests run when they ran then.
+Without a timetable it knows no leases: an adapter may go the moment its request has started, and may be kept in part. No server
+can do either. With the timetable of a run it knows both: from the start of a request to its end its adapter takes its room
+whatever else is kept, and what is left is shared out among adapters that are kept as a whole or not at all, which is an integer
+programme. That is a bound for every policy under which requests run when they ran then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from bench.residency.traces import Trace
+
+# How long an integer programme may take, and how close to the best is enough.
+SECONDS = 60.0
+GAP = 0.002
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ def least_moved(trace: Trace, budget_bytes: int, timetable: Sequence[tuple[float
     """Bytes.
 
     Args:
-        timetable: start and end of each request, in the order of the trace; without one there are no leases.
+        timetable: start and end of each request, in the order of the trace; without one there are no leases, and adapters
+            may be kept in part.
     """
     sizes = [trace.sizes[request.digest] for request in trace.requests]
     runs = timetable or [(float(t), float(t)) for t in range(len(sizes))]
@@ -44,7 +50,7 @@ def least_moved(trace: Trace, budget_bytes: int, timetable: Sequence[tuple[float
         return float(loads)
     if max(leased) > budget_bytes:
         raise ValueError("the leases of the timetable do not fit the budget")
-    return loads - _most_saved(gaps, [budget_bytes - taken for taken in leased])
+    return loads - _most_saved(gaps, [budget_bytes - taken for taken in leased], whole=timetable is not None)
 
 
 def _gaps(trace: Trace, runs: Sequence[tuple[float, float]]) -> tuple[int, list[_Gap], list[int]]:
@@ -69,8 +75,11 @@ def _gaps(trace: Trace, runs: Sequence[tuple[float, float]]) -> tuple[int, list[
     return loads, gaps, leased
 
 
-def _most_saved(gaps: Sequence[_Gap], room: Sequence[int]) -> float:
-    """Bytes. Variables: per gap the part kept, and per start the bytes kept across it, which may take the room there is."""
+def _most_saved(gaps: Sequence[_Gap], room: Sequence[int], *, whole: bool) -> float:
+    """Bytes. Variables: per gap the part kept, and per start the bytes kept across it, which may take the room there is.
+
+    Of an integer programme that is not solved in time, it is what the solver has proven that nobody can exceed.
+    """
     rows: list[int] = []
     columns: list[int] = []
     values: list[float] = []
@@ -94,8 +103,11 @@ def _most_saved(gaps: Sequence[_Gap], room: Sequence[int]) -> float:
         A_eq=csr_matrix((values, (rows, columns)), shape=(len(room), len(gaps) + len(room))),
         b_eq=np.zeros(len(room)),
         bounds=[(0, 1)] * len(gaps) + [(0, bytes_left / scale) for bytes_left in room],
+        integrality=[int(whole)] * len(gaps) + [0] * len(room),
         method="highs",
+        options={"time_limit": SECONDS, "mip_rel_gap": GAP} if whole else {},
     )
-    if not solved.success:
+    proven = solved.get("mip_dual_bound") if whole else solved.fun
+    if proven is None:
         raise RuntimeError(solved.message)
-    return float(-solved.fun * scale)
+    return float(-proven * scale)
