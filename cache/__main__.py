@@ -70,7 +70,7 @@ async def main() -> None:
     adapters = Adapters(manager)
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
-    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
+    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager.devices, node_id), server.grpc)
     tiers = (manager.holdings.disk, manager.holdings.host)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
     manager.link.address = settings.advertised()

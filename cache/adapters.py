@@ -36,7 +36,7 @@ class Adapters:
     """See the module. Every change is made in Redis first, and is in the view when the call returns."""
 
     def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+        self._manager, self._devices = manager, manager.devices
         self._link, self._view, self._shelf = manager.link, manager.view, manager.shelf
         self._drains: dict[str, asyncio.Task[None]] = {}
         self._broken = Failures(random.random)
@@ -178,7 +178,7 @@ class Adapters:
         """Removes an adapter once nothing uses it, or at once with force. Raises AdapterNotFound."""
         record = await self.update(adapter_id, lambda before: replace(before, state="draining"))
         if force and self._is_sole(record):
-            for engine in self._manager.engines.values():
+            for engine in self._devices.engines.values():
                 self._expel(engine, record.digest)
         # The drain goes on when the caller does not wait for its end.
         await asyncio.shield(self._drain(adapter_id, force))
@@ -225,7 +225,7 @@ class Adapters:
 
     def _is_in_use(self, record: AdapterRecord) -> bool:
         """Whether sequences may still run as this adapter, here or on other nodes."""
-        here = any(record.digest in engine.in_use for engine in self._manager.engines.values())
+        here = any(record.digest in engine.in_use for engine in self._devices.engines.values())
         return self._is_sole(record) and (here or record.digest in self._link.leases_elsewhere)
 
     # Preloading
@@ -245,7 +245,7 @@ class Adapters:
         return ArtifactKey(record.digest, base.dtype)
 
     async def _preload_devices(self, digest: str) -> None:
-        engines = [each for each in self._manager.engines.values() if self._manager.serves(each, digest)]
+        engines = [each for each in self._devices.engines.values() if self._devices.serves(each, digest)]
         if not engines:
             raise NoEngine
         self._shelf.forgive(digest)
@@ -262,7 +262,7 @@ class Adapters:
     def _is_settled(self, engine: Engine, digest: str) -> bool:
         """Whether an engine has a version on its device, or will not get it."""
         there = engine.place(digest) is DevicePlace.DEVICE
-        return there or digest not in engine.expected or self._manager.engines.get(engine.engine_id) is not engine
+        return there or digest not in engine.expected or self._devices.engines.get(engine.engine_id) is not engine
 
 
 def _described(asked: AdapterRecord, artifact: Artifact) -> AdapterRecord:

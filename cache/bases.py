@@ -7,11 +7,12 @@ says which base is meant, what was served once and is not any more does not make
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import MappingProxyType
 
 from cache.artifact import BaseDescription
-from cache.errors import AmbiguousBase, BaseUnknown
+from cache.errors import AmbiguousBase, BaseUnknown, NoSuchBase
 from cache.registry import AdapterRecord
 
 # As many digits of a digest name a base as `loraplex info` and lists show.
@@ -55,16 +56,19 @@ class Bases:
         """The base a caller names; None when none is named and there are several, so that the adapter has to say.
 
         Raises:
-            BaseUnknown: no base is known, or none of that name or digest.
+            BaseUnknown: no base is known.
+            NoSuchBase: none of that name or digest is, but others are. Who was ever described in the cluster is known, so
+                it does not help to wait, unless a first engine of it is about to start.
             AmbiguousBase: several have that name.
         """
+        if not self._known:
+            raise BaseUnknown(asked)
         if asked:
             found = self._matches(asked)
             if not found:
-                raise BaseUnknown(asked, self._shown(self._known.values()))
+                close = difflib.get_close_matches(asked, [base.name for base in self], n=1)
+                raise NoSuchBase(asked, self._shown(self), next(iter(close), ""))
             return self._only(found, f"{asked!r} is the name of several bases; name one by its digest")
-        if not self._known:
-            raise BaseUnknown
         return next(iter(self._known.values())) if len(self._known) == 1 else None
 
     def for_adapter(self, own: str) -> BaseDescription:

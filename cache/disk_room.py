@@ -11,8 +11,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 
 from cache import metrics
 from cache.builder import Builder, Origin
@@ -20,8 +20,10 @@ from cache.costs import TO_DISK
 from cache.demand import Demand
 from cache.errors import SourceTooSlow, TierFull
 from cache.failures import Failures
-from cache.holdings import ON_DISK, Held, Holdings
-from cache.plan import Policy, Resident, make_room
+from cache.holdings import ON_DISK, Holdings
+from cache.plan import Resident, make_room
+from cache.popularity import Popularity
+from cache.ranking import Ranking
 from cache.residency import Place
 from cache.tiers import ArtifactKey, Incoming
 from servicekit.errors import ServiceError
@@ -44,7 +46,7 @@ class DiskRoom:
     Args:
         origin_of: where a version came from; None when no adapter points to it.
         demand: what the node needs now.
-        policy: in which order artifacts go that nobody needs.
+        popularity: what it gives up first of what nobody needs.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class DiskRoom:
         builder: Builder,
         origin_of: Callable[[str], Origin | None],
         demand: Callable[[], Demand],
-        policy: Policy,
+        popularity: Popularity,
     ) -> None:
-        self._holdings, self._builder, self._policy = holdings, builder, policy
+        self._holdings, self._builder = holdings, builder
+        self._ranking = Ranking(popularity, TO_DISK.cost, lambda name: holdings.last_used(ArtifactKey.of(name)))
         self._origin_of, self._demand = origin_of, demand
         self._lost = Failures(random.random)
         # What its source would give again -> when that was said.
@@ -94,9 +97,9 @@ class DiskRoom:
     def _is_moving(self) -> bool:
         """Whether something has room that may go once it is where it goes to now."""
         disk, passing = self._holdings.disk, self._demand().passing
-        here = self._holdings.at(ON_DISK)
-        being_written = disk.budget_bytes - disk.free_bytes - sum(held.size_bytes for _, held in here)
-        return being_written > 0 or any(key.digest in passing or held.place is Place.STAGING for key, held in here)
+        being_written = disk.budget_bytes - disk.free_bytes - self._holdings.disk_bytes
+        passes = any(self._holdings.on_disk(digest) for digest in passing)
+        return being_written > 0 or passes or self._holdings.count(Place.STAGING) > 0
 
     async def _make(self, size: int, until: float) -> None:
         """Gives up what makes room for so many bytes, if that can be done in time."""
@@ -114,26 +117,45 @@ class DiskRoom:
             self._give_up(key)
 
     def _choose(self, size: int) -> list[ArtifactKey]:
+        """What would go for so many bytes. Looks at no more than it must: there may be very many."""
+        self.keep_account()
         demand, now = self._demand(), time.monotonic()
+        asked = set(demand.soon)
         kept = demand.kept | demand.passing
-        here = dict(self._holdings.at(ON_DISK))
-        place = {digest: number for number, digest in enumerate(demand.soon)}
-        soon = sorted((key for key in here if key.digest in place), key=lambda key: place[key.digest])
-        residents = [self._resident(key, held, kept, now) for key, held in here.items()]
-        free = self._holdings.disk.free_bytes
-        names = make_room(residents, size, [key.name for key in soon], free, self._policy)
+
+        def may_go(key: ArtifactKey) -> bool:
+            return key.digest not in kept and self._is_lasting(key, now)
+
+        soon = [key for digest in demand.soon for key in self._holdings.on_disk(digest) if may_go(key)]
+        unasked = self._ranking.in_order(lambda name: (key := ArtifactKey.of(name)).digest not in asked and may_go(key))
+        with closing(unasked):
+            residents = (self._resident(ArtifactKey.of(name)) for name in unasked)
+            names = make_room(residents, [*map(self._resident, soon)], size, self._holdings.disk.free_bytes)
         return [ArtifactKey.of(name) for name in names]
 
-    def _resident(self, key: ArtifactKey, held: Held, kept: Set[str], now: float) -> Resident:
+    def used(self, key: ArtifactKey) -> None:
+        """Notes that an artifact was asked for, after popularity has learned of it."""
+        self._ranking.used(key.name)
+
+    def keep_account(self, changed: Iterable[str] = ()) -> None:
+        """Takes over what has come to the disk and what has left it, and versions whose adapters have `changed`."""
+        for key in self._holdings.news().union(*map(self._holdings.on_disk, changed)):
+            origin = self._origin_of(key.digest)
+            # Whose base is not known yet may be had again.
+            if self._holdings.place(key) in ON_DISK and (origin is None or origin.restorable):
+                self._ranking.enter(key.name, self._holdings.size(key))
+            else:
+                self._ranking.leave(key.name)
+
+    def _resident(self, key: ArtifactKey) -> Resident:
+        return Resident(key.name, self._holdings.size(key), self._holdings.last_used(key))
+
+    def _is_lasting(self, key: ArtifactKey, now: float) -> bool:
+        """Whether an artifact can be had again once it is gone, and nothing is being done with it."""
+        if self._holdings.place(key) is Place.STAGING or self._lost.error(key.digest, now) is not None:
+            return False
         origin = self._origin_of(key.digest)
-        lasting = origin is not None and origin.restorable and self._lost.error(key.digest, now) is None
-        return Resident(
-            key.name,
-            held.size_bytes,
-            held.last_used,
-            kept=held.place is Place.STAGING or key.digest in kept or not lasting,
-            cost=TO_DISK.cost(held.size_bytes),
-        )
+        return origin is not None and origin.restorable
 
     async def _ask(self, key: ArtifactKey) -> None:
         """Asks a version's source whether it would give it again, and notes what it says."""

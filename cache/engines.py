@@ -151,19 +151,28 @@ class Engine:
         """Takes over what waits in a router's queue, in place of what waited there before."""
         self.expected = {d: one for d, one in self.expected.items() if one.router_id != router_id} | dict(queue)
 
-    def use(self, digests: frozenset[str], appraise: Appraise, now: float) -> None:
-        """Takes over all the digests that sequences use or wait for."""
-        for digest in digests - self.in_use:
+    def use(
+        self, digests: frozenset[str], begun: Mapping[str, int], appraise: Appraise, now: float
+    ) -> Mapping[str, int]:
+        """Takes over all the digests that sequences use or wait for; returns how often each was asked for since.
+
+        Args:
+            begun: how many sequences have begun with each; one with each that has come into use, where that is not said.
+        """
+        uses = dict.fromkeys(digests - self.in_use, 1) | {digest: count for digest, count in begun.items() if count > 0}
+        for digest, count in uses.items():
             worth = appraise(self.key(digest))
-            self.policy.used(digest, worth.size_bytes, worth.cost)
+            for _ in range(count):
+                self.policy.used(digest, worth.size_bytes, worth.cost)
             if self.place(digest) is DevicePlace.DEVICE:
                 self._has_come(digest)
-        for digest in digests | self.in_use:
+        for digest in digests | self.in_use | uses.keys():
             if digest in self.device:
                 self.device[digest].last_used = now
         # A sequence that waited and went away wants nothing any more.
         self.wants = {digest: None for digest in self.wants if digest in digests}
         self.in_use = digests
+        return uses
 
     def refuse(self, digest: str, error: ServiceError) -> None:
         """Gives a want up, and tells the engine why."""

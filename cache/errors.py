@@ -3,6 +3,7 @@
 InvalidField
 ├── (source_uri)            OUTSIDE_ROOTS, UNKNOWN_SCHEME, NOT_A_FOLDER, ...
 ├── AmbiguousBase           AMBIGUOUS_BASE      several bases may be meant, and nobody says which
+├── NoSuchBase              NO_SUCH_BASE        bases are known, and none by that name: it may be misspelt
 └── MalformedAdapter        the files are not a well-formed adapter; the reason says what is wrong
 NotServable
 ├── UnsupportedAdapter      well formed, but this server cannot serve it; names feature, tensor or limit
@@ -26,7 +27,7 @@ Unavailable
 ├── RegistryUnreachable     REGISTRY_UNREACHABLE
 ├── SourceUnreachable       SOURCE_UNREACHABLE  the source does not answer, or with an error of its own
 ├── NeighbourFailed         NEIGHBOUR_FAILED    another node's artifact could not be had
-├── BaseUnknown             BASE_UNKNOWN        no engine has described the base, or any, yet
+├── BaseUnknown             BASE_UNKNOWN        no base is known yet, or none of an adapter's digest: engines may be starting
 └── NoEngine                NO_ENGINE           no engine is attached
 AlreadyExists
 └── EngineAttached          ENGINE_ATTACHED     an engine of this id is attached
@@ -75,6 +76,21 @@ class AmbiguousBase(InvalidField):
     def __init__(self, message: str, known: Sequence[str]) -> None:
         listed = shown(", ".join(known), 1000)
         super().__init__("base_model", f"{shown(message, 400)}: {listed}", "AMBIGUOUS_BASE", known_bases=listed)
+
+
+class NoSuchBase(InvalidField):
+    """Raised when no engine has ever described a base that a caller names, but others are known; names them."""
+
+    def __init__(self, asked: str, known: Sequence[str], close: str = "") -> None:
+        name, listed = shown(asked), shown(", ".join(known), 1000)
+        hint = f"; did you mean {shown(close)!r}?" if close else "."
+        super().__init__(
+            "base_model",
+            f"no engine has ever served a base {name!r}{hint} Known: {listed}; another becomes known when its engine starts",
+            "NO_SUCH_BASE",
+            base_model=name,
+            known_bases=listed,
+        )
 
 
 class UnsupportedAdapter(NotServable):
@@ -234,21 +250,11 @@ class RegistryUnreachable(Unavailable):
 
 
 class BaseUnknown(Unavailable):
-    """Raised when no engine has described the base, or any, yet, so that nothing can be validated against it."""
+    """Raised when no engine has described any base, or the one of an adapter, yet: nothing can be validated against it."""
 
-    def __init__(self, asked: str = "", known: Sequence[str] = ()) -> None:
-        if not asked:
-            super().__init__("no engine has described the base yet", "BASE_UNKNOWN", retry_after=2.0)
-            return
-        name, listed = shown(asked), shown(", ".join(known) or "none", 1000)
-        super().__init__(
-            f"base_model: no engine has described base {name!r} yet; known: {listed}",
-            "BASE_UNKNOWN",
-            retry_after=2.0,
-            field="base_model",
-            base_model=name,
-            known_bases=listed,
-        )
+    def __init__(self, asked: str = "") -> None:
+        base = f"base {shown(asked)!r}" if asked else "a base"
+        super().__init__(f"no engine has described {base} yet", "BASE_UNKNOWN", retry_after=2.0)
 
 
 class NoEngine(Unavailable):

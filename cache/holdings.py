@@ -32,12 +32,18 @@ class Holdings:
 
     Args:
         changed: called with a digest whose place has changed by what was removed.
+
+    Attributes:
+        disk_bytes: what the artifacts on disk take.
     """
 
     def __init__(self, disk: FileTier, host: FileTier, changed: Callable[[str], None]) -> None:
         self.disk, self.host = disk, host
         self._changed = changed
         self._held: dict[ArtifactKey, Held] = {}
+        self._by_place: dict[Place, dict[ArtifactKey, Held]] = {place: {} for place in Place}
+        self.disk_bytes = 0
+        self._news: set[ArtifactKey] = set()
 
     async def find(self) -> None:
         """Finds what an earlier process left in the tiers."""
@@ -70,12 +76,26 @@ class Holdings:
 
     def count(self, place: Place) -> int:
         """How many artifacts are in a place."""
-        return sum(held.place is place for held in self._held.values())
+        return len(self._by_place[place])
 
     def at(self, places: Iterable[Place]) -> list[tuple[ArtifactKey, Held]]:
         """The artifacts that are in one of these places."""
-        wanted = frozenset(places)
-        return [(key, held) for key, held in self._held.items() if held.place in wanted]
+        return [each for place in places for each in self._by_place[place].items()]
+
+    def on_disk(self, digest: str) -> list[ArtifactKey]:
+        """The artifacts of a version that are on disk, one for each number type."""
+        keys = (ArtifactKey(digest, dtype) for dtype in TARGET_DTYPES)
+        return [key for key in keys if self.place(key) in ON_DISK]
+
+    def last_used(self, key: ArtifactKey) -> float:
+        """When an artifact was used last, monotonic seconds; 0 for never."""
+        held = self._held.get(key)
+        return held.last_used if held else 0.0
+
+    def news(self) -> set[ArtifactKey]:
+        """The artifacts that have come to the disk or left it since this was asked last."""
+        news, self._news = self._news, set()
+        return news
 
     def touch(self, key: ArtifactKey) -> None:
         """Notes that an artifact is being used."""
@@ -84,9 +104,15 @@ class Holdings:
 
     def move(self, key: ArtifactKey, move: Move, size_bytes: int = 0) -> None:
         """Makes a move of the table. Raises IllegalMove."""
-        held = self._held.setdefault(key, Held(Place.REMOTE))
-        held.place = moved(held.place, move)
-        held.size_bytes = size_bytes or held.size_bytes
+        held = self._held.get(key) or Held(Place.REMOTE)
+        before, place = held.place, moved(held.place, move)
+        self._by_place[before].pop(key, None)
+        self.disk_bytes -= held.size_bytes if before in ON_DISK else 0
+        held.place, held.size_bytes = place, size_bytes or held.size_bytes
+        self._held[key] = self._by_place[place][key] = held
+        self.disk_bytes += held.size_bytes if place in ON_DISK else 0
+        if (before in ON_DISK) != (place in ON_DISK):
+            self._news.add(key)
         if move in (Move.STORE, Move.STAGED):
             held.last_used = time.monotonic()
 
@@ -109,7 +135,7 @@ class Holdings:
         """Removes what there is of an artifact that nothing is being done with."""
         if self.place(key) in (Place.DISK, Place.HOST):
             self.drop(key)
-        del self._held[key]
+        del self._by_place[self._held.pop(key).place][key]
 
     def known(self) -> list[ArtifactKey]:
         """All artifacts that were heard of."""

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # So many of the look-ahead are loaded before they are waited for, so that the next loads are under way. More would mean to
-# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded.
+# evict before it is known what else is asked for; only where there is room for all of it, all of it is loaded. Those behind the
+# first push out nothing that is queued: until they are waited for, leases end, and something needed later may go instead.
 EAGER = 2
 
 
@@ -127,28 +128,45 @@ def plan(
             continue
         waiting.append(want.digest)
         if is_due:
-            room.make(want.size_bytes, policy, budget_bytes * tenant_share)
+            room.make(want.size_bytes, policy, budget_bytes * tenant_share, gently=not want.urgent and ahead > 1)
     return Plan(tuple(loads), tuple(room.evictions), tuple(waiting), tuple(hopeless))
 
 
 def make_room(
-    residents: Sequence[Resident], size_bytes: int, soon: Sequence[str], free_bytes: int, policy: Policy
+    unasked: Iterable[Resident], soon: Sequence[Resident], size_bytes: int, free_bytes: int
 ) -> tuple[str, ...]:
     """What to evict now for something of a size, in a tier that everything is brought to by someone who waits for it.
 
+    The same as `plan` would say, but read only as far as it takes: such a tier may hold very many.
+
     Args:
-        soon: digests that are needed soon, the soonest first; as far as they fit beside the newcomer they are the horizon.
+        unasked: what may go and nobody has asked for, the first to go first.
+        soon: what may go and is needed soon, the soonest first; as far as it fits beside the newcomer it is the horizon.
         free_bytes: what neither the residents take nor anything on its way.
 
     Returns:
         Digests that together make the room; none when there is room, or when all that may go would not make it.
     """
-    here = {resident.digest: resident for resident in residents}
-    # A name that no digest has.
-    wanted = [Wanted("", size_bytes, urgent=True)]
-    wanted += [Wanted(digest, here[digest].size_bytes) for digest in soon if digest in here]
-    budget_bytes = free_bytes + sum(resident.size_bytes for resident in residents)
-    return plan(residents, wanted, budget_bytes, policy).evictions
+    lacking = size_bytes - free_bytes
+    victims: list[Resident] = []
+    freed = 0
+    if lacking <= 0:
+        return ()
+    for resident in unasked:
+        victims.append(resident)
+        freed += resident.size_bytes
+        if freed >= lacking:
+            return tuple(victim.digest for victim in _enough(victims, lacking))
+    left = freed + sum(resident.size_bytes for resident in soon) - lacking
+    if left < 0:
+        return ()
+    late: list[Resident] = []
+    for resident in soon:
+        if resident.size_bytes <= left:
+            left -= resident.size_bytes
+        else:
+            late.append(resident)
+    return tuple(victim.digest for victim in _enough([*victims, *reversed(late)], lacking))
 
 
 def _without_repeats(wanted: Sequence[Wanted]) -> list[Wanted]:
@@ -179,6 +197,7 @@ class _Room:
         self.free = free
         self._coming = sum(resident.size_bytes for resident in here.values() if resident.leaving)
         self._here, self._needs, self._near = here, needs, near
+        self._asked = {want.digest for want in needs}
         self._victims: list[Resident] | None = None
 
     def take(self, size_bytes: int) -> bool:
@@ -188,24 +207,29 @@ class _Room:
         self.free -= size_bytes
         return True
 
-    def make(self, size_bytes: int, policy: Policy, quota_bytes: float) -> None:
-        """Keeps what is free for something larger, and evicts for what it lacks beside what is coming anyway."""
+    def make(self, size_bytes: int, policy: Policy, quota_bytes: float, *, gently: bool) -> None:
+        """Keeps what is free for something larger, and evicts for what it lacks beside what is coming anyway.
+
+        Gently: only if it need not evict what someone waits for, if later.
+        """
         lacking = size_bytes - max(self.free, 0) - self._coming
+        if lacking > 0 and self._victims is None:
+            self._victims = self._in_order(policy, quota_bytes)
+        victims = [one for one in self._victims or () if not (gently and one.digest in self._asked)]
+        if gently and sum(victim.size_bytes for victim in victims) < lacking:
+            return
         self.free = min(self.free, 0)
         if lacking > 0:
-            if self._victims is None:
-                self._victims = self._in_order(policy, quota_bytes)
-            chosen = _enough(self._victims, lacking)
+            chosen = _enough(victims, lacking)
             self.evictions += [victim.digest for victim in chosen]
-            self._victims = [victim for victim in self._victims if victim not in chosen]
+            self._victims = [victim for victim in self._victims or () if victim not in chosen]
             lacking -= sum(victim.size_bytes for victim in chosen)
         self._coming = max(-lacking, 0)
 
     def _in_order(self, policy: Policy, quota_bytes: float) -> list[Resident]:
         """Everything that may go, the first to go first."""
-        asked = {want.digest for want in self._needs}
         may_go = [resident for resident in self._here.values() if not (resident.kept or resident.leaving)]
-        unasked = list(policy.order(resident for resident in may_go if resident.digest not in asked))
+        unasked = list(policy.order(resident for resident in may_go if resident.digest not in self._asked))
         late = [self._here[want.digest] for want in reversed(self._needs) if want.digest in self._here]
         late = [one for one in late if not (one.kept or one.leaving) and one.digest not in self._near]
         return _over_quota_first(unasked, self._here.values(), quota_bytes) + late

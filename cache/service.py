@@ -8,13 +8,14 @@ import binascii
 import math
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from cache.adapters import Adapters
+from cache.devices import Devices
 from cache.engines import Engine
 from cache.errors import AdapterNotFound
 from cache.manager import Manager
@@ -30,6 +31,7 @@ _ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 1000, 100
 MAX_WEIGHT = 1000.0
+MOST_BEGUN = 1_000_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -155,13 +157,13 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     """What engines and routers ask of this cache."""
 
-    def __init__(self, manager: Manager) -> None:
-        self._manager = manager
+    def __init__(self, devices: Devices, node_id: str) -> None:
+        self._devices, self._node_id = devices, node_id
 
     async def Prefetch(
         self, request: residency_pb2.PrefetchRequest, context: Context
     ) -> residency_pb2.PrefetchResponse:
-        self._manager.prefetch(request.digest, request.engine_id, request.traceparent, request.tenant)
+        self._devices.prefetch(request.digest, request.engine_id, request.traceparent, request.tenant)
         return residency_pb2.PrefetchResponse()
 
     async def LookAhead(
@@ -169,7 +171,7 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     ) -> residency_pb2.LookAheadResponse:
         if not request.router_id:
             raise InvalidField("router_id", "must be set", "MISSING")
-        self._manager.look_ahead(request.router_id, queue_from(request, time.monotonic()))
+        self._devices.look_ahead(request.router_id, queue_from(request, time.monotonic()))
         return residency_pb2.LookAheadResponse()
 
     async def AttachEngine(
@@ -179,10 +181,10 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
         if first is None or first.WhichOneof("message") != "description":
             raise InvalidField("message", "the first message must be the engine's description", "NO_DESCRIPTION")
         engine = engine_from(first.description)
-        await self._manager.attach(engine, first.description.resident_digests)
+        await self._devices.attach(engine, first.description.resident_digests)
         reader = asyncio.create_task(self._read(engine, request_iterator))
         try:
-            accepted = residency_pb2.EngineAccepted(node_id=self._manager.node_id)
+            accepted = residency_pb2.EngineAccepted(node_id=self._node_id)
             yield residency_pb2.AttachEngineResponse(accepted=accepted)
             while (command := await engine.commands.get()) is not None:
                 yield command_message(command)
@@ -191,7 +193,7 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
                 reader.result()
         finally:
             reader.cancel()
-            self._manager.detach(engine)
+            self._devices.detach(engine)
 
     async def _read(self, engine: Engine, messages: AsyncIterator[residency_pb2.AttachEngineRequest]) -> None:
         try:
@@ -204,19 +206,28 @@ class ResidencyService(residency_pb2_grpc.ResidencyServiceServicer):
     def _hear(self, engine: Engine, message: residency_pb2.AttachEngineRequest) -> None:
         match message.WhichOneof("message"):
             case "wanted":
-                self._manager.want(engine, message.wanted.digests)
+                self._devices.want(engine, message.wanted.digests)
             case "in_use":
-                self._manager.in_use(engine, frozenset(message.in_use.digests))
+                self._devices.in_use(engine, frozenset(message.in_use.digests), _counts(message.in_use.begun))
             case "loaded":
-                self._manager.loaded(engine, message.loaded.digest, message.loaded.device_bytes)
+                self._devices.loaded(engine, message.loaded.digest, message.loaded.device_bytes)
             case "load_failed":
                 failed = message.load_failed
                 error = RemoteError(Code.FAILED_PRECONDITION, failed.message, failed.reason, {"digest": failed.digest})
-                self._manager.load_failed(engine, failed.digest, error)
+                self._devices.load_failed(engine, failed.digest, error)
             case "evicted":
-                self._manager.evicted(engine, message.evicted.digest, message.evicted.evicted)
+                self._devices.evicted(engine, message.evicted.digest, message.evicted.evicted)
             case other:
                 raise InvalidField("message", f"{other} is not what an attached engine says", "UNEXPECTED_MESSAGE")
+
+
+def _counts(begun: Mapping[str, int]) -> dict[str, int]:
+    """How many sequences have begun with each adapter; as many as one node can serve in a while, which are gone through."""
+    for digest, count in begun.items():
+        if not 0 <= count <= MOST_BEGUN:
+            message = f"{count} of {digest[:12]} is not within 0 to {MOST_BEGUN}"
+            raise InvalidField("in_use.begun", message, "OUT_OF_RANGE", limit=MOST_BEGUN)
+    return dict(begun)
 
 
 def _check_adapter_id(adapter_id: str) -> None:

@@ -53,6 +53,7 @@ class Shelf:
     Args:
         origin_of: where a version came from; None when no adapter points to it.
         changed: called with a digest whose place has changed, or for which a wish has ended.
+        policy: in which order the host tier gives up what nobody needs.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Shelf:
         fetcher: Fetcher,
         origin_of: Callable[[str], Origin | None],
         changed: Callable[[str], None],
+        policy: Policy,
     ) -> None:
         self._holdings, self._room, self._fetcher = holdings, room, fetcher
-        self._origin_of, self._changed = origin_of, changed
+        self._origin_of, self._changed, self._policy = origin_of, changed, policy
         self._wishes: dict[ArtifactKey, Wish] = {}
         self._failures = Failures(random.random)
         self._jobs: dict[ArtifactKey, asyncio.Task[ServiceError | None]] = {}
@@ -135,7 +137,15 @@ class Shelf:
         if self._holdings.place(key) is not Place.HOST and self.failure(key.digest) is None:
             self._wishes.setdefault(key, Wish(traceparent)).patient = True
 
-    def advance(self, needed: Collection[ArtifactKey], policy: Policy) -> None:
+    def used(self, key: ArtifactKey, times: int) -> None:
+        """Notes that an artifact is being used, and that it was asked for so many times more."""
+        self._holdings.touch(key)
+        for _ in range(times):
+            self._policy.used(key.name, self._holdings.size(key), 0.0)
+        if times:
+            self._room.used(key)
+
+    def advance(self, needed: Collection[ArtifactKey]) -> None:
         """Moves every wish a step on; never evicts from the host tier what is `needed` there or wished for."""
         for key, wish in list(self._wishes.items()):
             if self._holdings.place(key) is Place.HOST:
@@ -145,7 +155,7 @@ class Shelf:
         names = {key.name: key for key in self._wishes if self._holdings.place(key) is Place.DISK}
         while names:
             wanted = [Wanted(name, self._holdings.size(key), urgent=True) for name, key in names.items()]
-            decided = plan(self._residents(needed), wanted, self._holdings.host.budget_bytes, policy)
+            decided = plan(self._residents(needed), wanted, self._holdings.host.budget_bytes, self._policy)
             for name in decided.hopeless:
                 key = names.pop(name)
                 error = AdapterTooLarge("host", self._holdings.size(key), self._holdings.host.budget_bytes)

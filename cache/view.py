@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
@@ -15,6 +16,8 @@ class View:
     def __init__(self) -> None:
         self._records: dict[str, AdapterRecord] = {}
         self._ids: dict[str, set[str]] = {}
+        self._pins: Counter[str] = Counter()
+        self._news: set[str] = set()
         self._watchers: set[Watcher] = set()
 
     @property
@@ -26,6 +29,16 @@ class View:
     def digests(self) -> Set[str]:
         """The versions that adapters point to."""
         return self._ids.keys()
+
+    @property
+    def pinned(self) -> Set[str]:
+        """The versions that pinned adapters point to."""
+        return self._pins.keys()
+
+    def news(self) -> set[str]:
+        """The versions whose adapters have changed since this was asked last."""
+        news, self._news = self._news, set()
+        return news
 
     def with_digest(self, digest: str) -> list[AdapterRecord]:
         """The adapters that point to a version."""
@@ -40,6 +53,8 @@ class View:
             self._unlink(before)
         self._records[record.adapter_id] = record
         self._ids.setdefault(record.digest, set()).add(record.adapter_id)
+        self._pins.update([record.digest] if record.pinned else [])
+        self._news.add(record.digest)
         new = before is None or before.digest != record.digest
         self._tell(Change.REGISTERED if new else Change.UPDATED, record)
 
@@ -76,8 +91,13 @@ class View:
     def _unlink(self, record: AdapterRecord) -> None:
         ids = self._ids[record.digest]
         ids.discard(record.adapter_id)
+        self._news.add(record.digest)
         if not ids:
             del self._ids[record.digest]
+        if record.pinned:
+            self._pins[record.digest] -= 1
+            # Forgets what has reached zero.
+            self._pins += Counter()
 
     def _tell(self, change: Change, record: AdapterRecord) -> None:
         for watcher in self._watchers:

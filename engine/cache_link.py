@@ -157,7 +157,8 @@ class CacheLink:
 
     def _send(self, report: Report) -> None:
         if isinstance(report, Usage):
-            self._usage = report
+            # What has begun is told once; it is an estimate's matter if that is lost.
+            self._usage = replace(report, begun={})
             self._queue.heed(report.wanted)
         if self._outbox is None:
             # Detached: the next description and the kept usage say it all.
@@ -186,7 +187,8 @@ def _messages(report: Report) -> list[wire.AttachEngineRequest]:
 
 def _usage(usage: Usage) -> list[wire.AttachEngineRequest]:
     """In use first: what is wanted is then known to be protected."""
-    messages = [wire.AttachEngineRequest(in_use=wire.ArtifactsInUse(digests=sorted(usage.in_use)))]
+    in_use = wire.ArtifactsInUse(digests=sorted(usage.in_use), begun=usage.begun)
+    messages = [wire.AttachEngineRequest(in_use=in_use)]
     if usage.wanted:
         messages.append(wire.AttachEngineRequest(wanted=wire.ArtifactsWanted(digests=usage.wanted)))
     return messages

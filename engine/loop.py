@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -63,6 +64,9 @@ from servicekit.errors import ServiceError
 
 _log = logging.getLogger(__name__)
 
+# How often the cache is told how many sequences have begun, when nothing else is to be said.
+TELL_SECONDS = 1.0
+
 
 class EngineLoop:
     """Runs the steps of one base.
@@ -95,6 +99,9 @@ class EngineLoop:
         self._by_id: dict[tuple[Connection, int], Live] = {}
         self._in_use: Counter[str] = Counter()
         self._usage = Usage()
+        # Sequences by adapter that have begun since the cache was told, and when that was.
+        self._begun: Counter[str] = Counter()
+        self._told_at = 0.0
         self._outputs: defaultdict[Connection, list[Output]] = defaultdict(list)
         self._arrivals = 0
         self._step = 0
@@ -297,6 +304,8 @@ class EngineLoop:
         self._live[live.sequence] = live
         self._by_id[message.connection, request.sequence_id] = live
         self._in_use[request.adapter] += 1
+        if request.adapter:
+            self._begun[request.adapter] += 1
         self._scheduler.add(live.sequence)
         if not request.adapter or request.adapter in self._rows:
             self._make_ready(live)
@@ -377,9 +386,11 @@ class EngineLoop:
             frozenset(self._in_use) - {""},
             tuple(dict.fromkeys(sequence.adapter for sequence in self._scheduler.loading)),
         )
-        if usage != self._usage:
-            self._usage = usage
-            self._report(usage)
+        now = time.monotonic()
+        if usage != self._usage or (self._begun and now - self._told_at > TELL_SECONDS):
+            self._usage, self._told_at = usage, now
+            self._report(replace(usage, begun=dict(self._begun)))
+            self._begun.clear()
 
     def _measure(self) -> Load:
         scheduler = self._scheduler

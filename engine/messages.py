@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from opentelemetry.context import Context
@@ -160,10 +161,15 @@ Message = Submit | Cancel | Hangup | Install | Evict | Deny
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """To the cache: adapters that sequences use or wait for, and those they wait for, most wanted first."""
+    """To the cache: adapters that sequences use or wait for, those they wait for, most wanted first, and what is popular.
+
+    Attributes:
+        begun: how many sequences have begun with each since the last report.
+    """
 
     in_use: frozenset[str] = frozenset()
     wanted: tuple[str, ...] = ()
+    begun: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

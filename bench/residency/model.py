@@ -40,12 +40,14 @@ class Outcome:
         hits: share of the requests whose adapter was on the device when they took a place.
         wait: mean seconds for which a request that had a place waited for its adapter.
         looked_ahead: different adapters in the queue behind the places, on average.
+        timetable: start and end of each request, in the order of the trace.
     """
 
     moved: int
     hits: float
     wait: float
     looked_ahead: float
+    timetable: tuple[tuple[float, float], ...]
 
 
 class Node:
@@ -63,11 +65,13 @@ class Node:
         self._queued: defaultdict[str, deque[Request]] = defaultdict(deque)
         self._seated: deque[tuple[Request, float]] = deque()
         self._running: list[tuple[float, int, str]] = []
+        self._begun: Counter[str] = Counter()
         self._loading: deque[str] = deque()
         self._load_ends = float("inf")
         self._moved = self._hits = 0
         self._waits: list[float] = []
         self._ahead: list[int] = []
+        self._timetable: list[tuple[float, float]] = []
 
     def run(self) -> Outcome:
         """The whole trace, until everything is answered."""
@@ -93,6 +97,7 @@ class Node:
             self._hits / len(self._trace.requests),
             statistics.fmean(self._waits),
             statistics.fmean(self._ahead),
+            tuple(self._timetable),
         )
 
     def _appraise(self, key: ArtifactKey) -> Worth:
@@ -119,6 +124,7 @@ class Node:
             there = self._engine.place(request.digest) is DevicePlace.DEVICE
             self._hits += there
             self._seated.append((request, self._now))
+            self._begun[request.digest] += 1
             self._use()
             if not there:
                 self._engine.want(request.digest)
@@ -127,9 +133,8 @@ class Node:
         while self._seated and self._engine.place(self._seated[0][0].digest) is DevicePlace.DEVICE:
             request, since = self._seated.popleft()
             self._waits.append(self._now - since)
-            heapq.heappush(
-                self._running, (self._now + request.tokens * TOKEN_SECONDS, len(self._waits), request.digest)
-            )
+            self._timetable.append((self._now, self._now + request.tokens * TOKEN_SECONDS))
+            heapq.heappush(self._running, (self._timetable[-1][1], len(self._waits), request.digest))
         self._use()
 
     def _fits(self, digest: str) -> bool:
@@ -139,8 +144,9 @@ class Node:
 
     def _use(self) -> None:
         in_use = Counter(request.digest for request, _ in self._seated) + Counter(d for _, _, d in self._running)
-        if in_use.keys() != self._engine.in_use:
-            self._engine.use(frozenset(in_use), self._appraise, self._now)
+        if self._begun or in_use.keys() != self._engine.in_use:
+            self._engine.use(frozenset(in_use), self._begun, self._appraise, self._now)
+            self._begun.clear()
 
     def _plan(self) -> None:
         engine = self._engine

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,9 +161,9 @@ class FakeEngine:
         async with self.mouth:
             await self.call.write(residency_pb2.AttachEngineRequest(**message))
 
-    async def use(self, *digests: str) -> None:
+    async def use(self, *digests: str, begun: Mapping[str, int] | None = None) -> None:
         self.in_use = frozenset(digests)
-        await self.say(in_use=residency_pb2.ArtifactsInUse(digests=digests))
+        await self.say(in_use=residency_pb2.ArtifactsInUse(digests=digests, begun=begun))
 
     async def want(self, *digests: str) -> None:
         await self.say(wanted=residency_pb2.ArtifactsWanted(digests=digests))
@@ -261,7 +261,7 @@ async def serve_cache(
     adapters.resume()
     server = Server()
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(manager, adapters), server.grpc)
-    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager), server.grpc)
+    residency_pb2_grpc.add_ResidencyServiceServicer_to_server(ResidencyService(manager.devices, node_id), server.grpc)
     tiers = (manager.holdings.disk, manager.holdings.host)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(tiers), server.grpc)
     await server.start("127.0.0.1:0", ["loraplex.v1.AdapterService"])

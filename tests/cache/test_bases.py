@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cache.artifact import BaseDescription
 from cache.bases import Bases
-from cache.errors import AmbiguousBase, BaseUnknown
+from cache.errors import AmbiguousBase, BaseUnknown, NoSuchBase
 from loraplex.cache.v1 import residency_pb2
 from loraplex.v1 import adapter_pb2 as pb
 from servicekit.errors import Code, code_of
@@ -45,9 +45,22 @@ def test_a_base_is_named_by_name_by_the_last_part_of_it_or_by_digest() -> None:
         found = known.named(name)
         assert found is not None and found.digest == digest, name
     for name in ("smal", ONE[:11], "other", "/", "org/"):
-        with pytest.raises(BaseUnknown) as error:
+        with pytest.raises(NoSuchBase) as error:
             known.named(name)
         assert error.value.metadata["known_bases"] == f"large ({TWO[:12]}), org/small ({ONE[:12]})"
+
+
+def test_a_misspelt_base_is_told_what_was_probably_meant_and_what_there_is() -> None:
+    known = bases(base("org/small", ONE), base("large", TWO))
+    for asked, close in (("org/smal", "org/small"), ("Large", "large"), ("nothing-like-it", None)):
+        with pytest.raises(NoSuchBase) as error:
+            known.named(asked)
+        assert f"large ({TWO[:12]}), org/small ({ONE[:12]})" in error.value.message
+        assert (f"did you mean '{close}'?" in error.value.message) == (close is not None)
+    # While nothing is known it says nothing about the name
+    for asked in ("org/small", ""):
+        with pytest.raises(BaseUnknown):
+            bases().named(asked)
 
 
 def test_a_whole_name_is_meant_before_a_part_of_one() -> None:
@@ -155,12 +168,12 @@ async def test_bases_that_may_be_meant_or_are_unknown_are_named(
         assert (code_of(error), error.reason) == (Code.INVALID_ARGUMENT, "AMBIGUOUS_BASE")
         assert error.metadata == {"field": "base_model", "known_bases": known}
     error = await refused(register(cache, base_model="three"))
-    assert (code_of(error), error.reason) == (Code.UNAVAILABLE, "BASE_UNKNOWN")
+    assert (code_of(error), error.reason) == (Code.INVALID_ARGUMENT, "NO_SUCH_BASE")
     assert error.metadata == {"field": "base_model", "base_model": "three", "known_bases": known}
     assert not (await cache.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
     # What was refused for its choice is taken once there is one
     two[0].leave()
-    await eventually(lambda: len(cache.manager.engines) == 1)
+    await eventually(lambda: len(cache.manager.devices.engines) == 1)
     assert (await register(cache)).base_digest == TWO
 
 
@@ -196,7 +209,7 @@ async def test_preloading_waits_for_engines_of_the_adapters_base_only(
     await preload(cache, "ours")
     assert list(one.resident) == [ours.digest] and not other.loads
     one.leave()
-    await eventually(lambda: len(cache.manager.engines) == 1)
+    await eventually(lambda: len(cache.manager.devices.engines) == 1)
     assert (await refused(preload(cache, "ours"))).reason == "NO_ENGINE"
     # Without an engine of its base, half of the way can be gone
     await preload(cache, "ours", pb.TIER_HOST)
@@ -262,7 +275,7 @@ async def test_a_base_that_nobody_uses_any_more_is_not_in_the_way(cache: Cache) 
         await engine.attach()
         if name == "one":
             engine.leave()
-            await eventually(lambda: not cache.manager.engines)
+            await eventually(lambda: not cache.manager.devices.engines)
     assert (await register(cache, "a")).base_digest == TWO
     # But it can be named
     assert (await register(cache, "b", base_model="one")).base_digest == ONE
@@ -307,7 +320,7 @@ async def test_while_redis_is_away_only_engines_of_known_bases_attach(store: Sto
         known = engine_of(cache, "one", ONE)
         await known.attach()
         known.leave()
-        await eventually(lambda: not cache.manager.engines)
+        await eventually(lambda: not cache.manager.devices.engines)
         store.kill()
         await engine_of(cache, "one", ONE).attach()
         assert (await refused(engine_of(cache, "two", TWO).attach())).reason == "REGISTRY_UNREACHABLE"

@@ -53,7 +53,7 @@ class OneEngine(RuleBasedStateMachine):
         self._say_usage()
 
     def _say_usage(self) -> None:
-        self.engine.use(frozenset(self.sequences), appraise, self.now)
+        self.engine.use(frozenset(self.sequences), {}, appraise, self.now)
         for digest in self.sequences:
             if digest not in self.device:
                 self.engine.want(digest)

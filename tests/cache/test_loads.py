@@ -70,7 +70,7 @@ async def some(cache: Cache, count: int, **fields: Any) -> list[str]:
 
 
 def device(cache: Cache) -> Any:
-    return cache.manager.engines["engine-0"]
+    return cache.manager.devices.engines["engine-0"]
 
 
 async def prefetch(cache: Cache, digest: str, engine_id: str = "engine-0") -> None:
@@ -233,7 +233,7 @@ async def test_two_engines_of_one_name_cannot_be_attached(module_store: Store, t
     async with served(module_store, tmp_path) as (cache, _, _slow):
         error = await refused(FakeEngine(cache.residency).attach())
         assert error.reason == "ENGINE_ATTACHED"
-        assert list(cache.manager.engines) == ["engine-0"]
+        assert list(cache.manager.devices.engines) == ["engine-0"]
 
 
 async def test_an_engine_that_says_nonsense_is_told_so_and_forgotten(module_store: Store, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ async def test_an_engine_that_says_nonsense_is_told_so_and_forgotten(module_stor
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await engine.task
         assert ended.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await eventually(lambda: not cache.manager.engines)
+        await eventually(lambda: not cache.manager.devices.engines)
         await engine.attach()
 
 

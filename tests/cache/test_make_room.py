@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cache.demand import demand_of
 from cache.engines import Engine, Expected, OnDevice
-from cache.plan import Resident, make_room
+from cache.plan import Policy, Resident, Wanted, make_room, plan
 from cache.policies import POLICIES, Lru
 from cache.residency import DevicePlace
 from tests.cache.conftest import BASE
@@ -18,6 +18,12 @@ from tests.cache.test_plan import DIGESTS, made, residents
 soons = st.lists(st.sampled_from(DIGESTS), unique=True)
 policies = st.sampled_from(sorted(POLICIES))
 free_bytes = st.integers(0, 60)
+
+
+def room_made(here: list[Resident], size: int, soon: list[str], free: int, policy: Policy) -> tuple[str, ...]:
+    by_digest = {one.digest: one for one in here if not one.kept}
+    unasked = policy.order(one for digest, one in by_digest.items() if digest not in soon)
+    return make_room(unasked, [by_digest[digest] for digest in soon if digest in by_digest], size, free)
 
 
 def total(here: list[Resident]) -> int:
@@ -40,7 +46,7 @@ def horizon(here: list[Resident], size: int, soon: list[str], free: int) -> set[
 def test_what_goes_makes_the_room_and_nothing_goes_in_vain(
     here: list[Resident], size: int, soon: list[str], free: int, name: str
 ) -> None:
-    gone = set(make_room(here, size, soon, free, made(name, here)))
+    gone = set(room_made(here, size, soon, free, made(name, here)))
     may_go = [resident for resident in here if not resident.kept]
     if size <= free or size > free + total(may_go):
         # There is room, or there cannot be
@@ -54,9 +60,19 @@ def test_what_goes_makes_the_room_and_nothing_goes_in_vain(
     assert all(free + total(leaving) - each.size_bytes < size for each in leaving)
 
 
+@given(residents, st.integers(1, 150), soons, free_bytes, policies)
+def test_it_is_what_a_plan_that_looks_at_everything_says(
+    here: list[Resident], size: int, soon: list[str], free: int, name: str
+) -> None:
+    sizes = {one.digest: one.size_bytes for one in here}
+    wanted = [Wanted("", size, urgent=True), *(Wanted(digest, sizes[digest]) for digest in soon if digest in sizes)]
+    decided = plan(here, wanted, free + total(here), made(name, here))
+    assert room_made(here, size, soon, free, made(name, here)) == decided.evictions
+
+
 @given(residents, st.integers(1, 150), soons, free_bytes)
 def test_what_is_worth_least_goes_first(here: list[Resident], size: int, soon: list[str], free: int) -> None:
-    gone = set(make_room(here, size, soon, free, Lru()))
+    gone = set(room_made(here, size, soon, free, Lru()))
     assume(gone)
     order = [one.digest for one in Lru().order(one for one in here if not one.kept and one.digest not in soon)]
     order += [digest for digest in reversed(soon) if digest in {one.digest for one in here if not one.kept}]
@@ -70,11 +86,11 @@ def test_what_is_needed_soon_goes_after_everything_else_and_the_last_needed_firs
     here = [Resident(name, 10, at) for at, name in enumerate(("soon", "later", "plain", "kept"))]
     here[3] = Resident("kept", 10, 0.0, kept=True)
     soon = ["soon", "later"]
-    assert make_room(here, 10, soon, 0, Lru()) == ("plain",)
-    assert make_room(here, 20, soon, 0, Lru()) == ("plain", "later")
-    assert make_room(here, 30, soon, 0, Lru()) == ("plain", "later", "soon")
-    assert make_room(here, 31, soon, 0, Lru()) == ()
-    assert make_room(here, 31, soon, 1, Lru()) == ("plain", "later", "soon")
+    assert room_made(here, 10, soon, 0, Lru()) == ("plain",)
+    assert room_made(here, 20, soon, 0, Lru()) == ("plain", "later")
+    assert room_made(here, 30, soon, 0, Lru()) == ("plain", "later", "soon")
+    assert room_made(here, 31, soon, 0, Lru()) == ()
+    assert room_made(here, 31, soon, 1, Lru()) == ("plain", "later", "soon")
 
 
 def test_a_demand_is_what_all_engines_say() -> None:

@@ -100,7 +100,7 @@ def test_following_plans_ends_with_everything_loaded_that_can_be(
         pytest.fail("evicts and loads for ever")
     # Of the horizon there is all that is waited for, and the next of the look-ahead
     near = horizon(list(state.values()), wanted, budget)
-    ahead = [want for want in wanted if not want.urgent][:EAGER]
+    ahead = [want for want in wanted if not want.urgent][:1]
     assert near & {want.digest for want in [*(want for want in wanted if want.urgent), *ahead]} <= state.keys()
 
 
@@ -146,6 +146,17 @@ def test_room_is_made_for_the_next_of_the_look_ahead_only() -> None:
     assert len(plan(here, wanted, 20, Lru()).evictions) == EAGER
     # Where there is room for all of it, all of it is loaded
     assert len(plan([], wanted, 20, Lru()).loads) == 20
+
+
+def test_only_the_first_of_the_look_ahead_pushes_out_what_is_queued_further_back() -> None:
+    here = [Resident("late", 10, 1.0), Resident("later", 10, 2.0), Resident("run", 10, 3.0, kept=True)]
+    queue = [Wanted(digest, 10) for digest in ("first", "second", "late", "later")]
+    assert plan(here, queue, 30, Lru()).evictions == ("later",)
+    # What nobody asked for goes for the second too
+    here.append(Resident("plain", 10, 9.0))
+    assert plan(here, queue, 40, Lru()).evictions == ("plain",)
+    here.append(Resident("simple", 10, 9.5))
+    assert plan(here, queue, 50, Lru()).evictions == ("plain", "simple")
 
 
 def test_a_wish_repeated_counts_once_where_it_was_first() -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from cache.tiers import ArtifactKey
 from loraplex.cache.v1 import residency_pb2
 from loraplex.v1 import adapter_pb2 as pb
-from servicekit.errors import ServiceError
+from servicekit.errors import Code, ServiceError, code_of
 from servicekit.status import from_rpc_error
 from tests.cache.conftest import Cache, FakeEngine, Store, eventually, make_tensors, serve_cache, write_adapter
 
@@ -97,7 +97,9 @@ async def test_an_expected_digest_must_match(cache: Cache, engine: FakeEngine) -
 
 
 async def test_without_a_base_nothing_can_be_validated(cache: Cache) -> None:
-    assert (await refused(register(cache))).reason == "BASE_UNKNOWN"
+    for base_model in ("", "tiny"):
+        error = await refused(register(cache, base_model=base_model))
+        assert (code_of(error), error.reason) == (Code.UNAVAILABLE, "BASE_UNKNOWN")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ async def test_what_is_wanted_is_loaded_from_shared_memory(cache: Cache, engine:
     await eventually(lambda: digest in engine.resident)
     packed = load_file(engine.resident[digest])
     assert "model.layers.0.self_attn.q_proj.A" in packed
-    await eventually(lambda: cache.manager.engines["engine-0"].resident == [digest])
+    await eventually(lambda: cache.manager.devices.engines["engine-0"].resident == [digest])
     adapter = await get(cache)
     assert pb.TIER_DEVICE in tiers(adapter)
     assert [r.engine_id for r in adapter.residency if r.tier == pb.TIER_DEVICE] == ["engine-0"]
@@ -169,7 +171,7 @@ async def test_a_full_device_gives_up_what_was_not_used_for_longest_and_never_wh
 ) -> None:
     digests = [(await register(cache, f"a{n}", other(cache, f"f{n}", seed=n))).digest for n in range(4)]
     size = (await get(cache, "a0")).size_bytes
-    cache.manager.engines["engine-0"].budget_bytes = 2 * size
+    cache.manager.devices.engines["engine-0"].budget_bytes = 2 * size
     # Given two on the device, the older one in use
     for digest in digests[:2]:
         await engine.want(digest)
@@ -189,9 +191,34 @@ async def test_a_full_device_gives_up_what_was_not_used_for_longest_and_never_wh
     assert engine.resident.keys() == {digests[2], digests[3]}
 
 
+async def test_what_is_in_use_all_the_time_is_popular_by_each_request(cache: Cache, engine: FakeEngine) -> None:
+    digests = [(await register(cache, f"a{n}", other(cache, f"f{n}", seed=n))).digest for n in range(3)]
+    busy, rare, third = digests
+    cache.manager.devices.engines["engine-0"].budget_bytes = 2 * (await get(cache, "a0")).size_bytes
+    for digest in (busy, rare):
+        await engine.want(digest)
+        await eventually(lambda digest=digest: digest in engine.resident)  # type: ignore[misc]
+    # Many requests of one are counted though it comes into use only once
+    await engine.use(busy, begun={busy: 1})
+    await engine.use(busy, begun={busy: 8})
+    await engine.use(rare, begun={rare: 2})
+    await engine.use()
+    await engine.want(third)
+    await eventually(lambda: third in engine.resident)
+    assert engine.resident.keys() == {busy, third}
+
+
+async def test_an_engine_that_miscounts_is_told_so(cache: Cache, engine: FakeEngine) -> None:
+    await engine.use(begun={"d": -1})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await engine.task
+    error = from_rpc_error(caught.value)
+    assert (code_of(error), error.reason) == (Code.INVALID_ARGUMENT, "OUT_OF_RANGE") and "in_use.begun" in error.message
+
+
 async def test_an_adapter_too_large_for_the_device_is_refused(cache: Cache, engine: FakeEngine) -> None:
     digest = (await register(cache)).digest
-    cache.manager.engines["engine-0"].budget_bytes = 10
+    cache.manager.devices.engines["engine-0"].budget_bytes = 10
     await engine.want(digest)
     await eventually(lambda: bool(engine.refusals))
     assert engine.refusals[0].reason == "ADAPTER_TOO_LARGE"
@@ -272,7 +299,7 @@ async def test_an_engine_that_comes_back_keeps_what_it_has(cache: Cache, engine:
     await engine.want(digest)
     await eventually(lambda: digest in engine.resident)
     engine.leave()
-    await eventually(lambda: not cache.manager.engines)
+    await eventually(lambda: not cache.manager.devices.engines)
     assert pb.TIER_DEVICE not in tiers(await get(cache))
     again = FakeEngine(cache.residency, resident=engine.resident)
     await again.attach()

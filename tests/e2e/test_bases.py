@@ -171,7 +171,7 @@ def test_a_base_that_is_not_said_or_not_there_is_refused_by_name(made: Made) -> 
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": ""}))
     for fields, code, reason in (
         ({}, grpc.StatusCode.INVALID_ARGUMENT, "AMBIGUOUS_BASE"),
-        ({"base_model": "green"}, grpc.StatusCode.UNAVAILABLE, "BASE_UNKNOWN"),
+        ({"base_model": "green"}, grpc.StatusCode.INVALID_ARGUMENT, "NO_SUCH_BASE"),
     ):
         with pytest.raises(grpc.RpcError) as caught:
             made.register("unsaid", "unsaid", **fields)

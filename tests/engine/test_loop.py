@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from engine.batch import Batch
 from engine.flight import Runs
 from engine.interrupts import Stop, never
 from engine.lora import DeviceSegment
-from engine.messages import Cancel, Evict, Evicted, Submit
+from engine.messages import Cancel, Evict, Evicted, Submit, Usage
 from tests.engine.harness import Collected, InProcess, Router, request, tiny_base
 from tests.engine.tiny import TinyAdapter, four_adapters, write_artifact
 
@@ -186,6 +187,18 @@ def test_an_adapter_is_given_up_only_when_nobody_uses_it(roomy: InProcess, adapt
     router.wait(1)
     assert Evicted(digest, False) in roomy.reports
     assert router.sequences[1].finished.output_tokens == 60
+
+
+def test_every_sequence_that_begins_is_counted_for_the_cache(roomy: InProcess, adapters: list[TinyAdapter]) -> None:
+    known = len(roomy.reports)
+    first, second = adapters[0].digest, adapters[1].digest
+    # The second of them never comes into use anew, nor does the base count
+    roomy.run(request([5, 6], first), request([5, 7], first), request([5, 8], second), request([5, 6]))
+    roomy.run(request([5, 9], first))
+    counts: Counter[str] = Counter()
+    for report in roomy.reports[known:]:
+        counts.update(report.begun if isinstance(report, Usage) else {})
+    assert counts == {first: 3, second: 1}
 
 
 def test_the_first_output_says_what_started_and_each_step_is_one_frame(roomy: InProcess) -> None:

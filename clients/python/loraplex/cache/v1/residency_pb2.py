@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!loraplex/cache/v1/residency.proto\x12\x11loraplex.cache.v1\"\xf2\x02\n\x13\x41ttachEngineRequest\x12;\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32$.loraplex.cache.v1.EngineDescriptionH\x00\x12\x34\n\x06wanted\x18\x02 \x01(\x0b\x32\".loraplex.cache.v1.ArtifactsWantedH\x00\x12\x33\n\x06loaded\x18\x03 \x01(\x0b\x32!.loraplex.cache.v1.ArtifactLoadedH\x00\x12<\n\x0bload_failed\x18\x04 \x01(\x0b\x32%.loraplex.cache.v1.ArtifactLoadFailedH\x00\x12\x35\n\x07\x65victed\x18\x05 \x01(\x0b\x32\".loraplex.cache.v1.ArtifactEvictedH\x00\x12\x33\n\x06in_use\x18\x06 \x01(\x0b\x32!.loraplex.cache.v1.ArtifactsInUseH\x00\x42\t\n\x07message\"\xd9\x01\n\x11\x45ngineDescription\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12\x30\n\x07modules\x18\x07 \x03(\x0b\x32\x1f.loraplex.cache.v1.TargetModule\x12\x18\n\x10resident_digests\x18\x08 \x03(\t\"G\n\x0cTargetModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\x05\x12\x14\n\x0cout_features\x18\x03 \x01(\x05\"\"\n\x0f\x41rtifactsWanted\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"6\n\x0e\x41rtifactLoaded\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x02 \x01(\x03\"E\n\x12\x41rtifactLoadFailed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"2\n\x0f\x41rtifactEvicted\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07\x65victed\x18\x02 \x01(\x08\"!\n\x0e\x41rtifactsInUse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"\xfb\x01\n\x14\x41ttachEngineResponse\x12\x35\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32!.loraplex.cache.v1.EngineAcceptedH\x00\x12/\n\x04load\x18\x02 \x01(\x0b\x32\x1f.loraplex.cache.v1.LoadArtifactH\x00\x12\x31\n\x05\x65vict\x18\x03 \x01(\x0b\x32 .loraplex.cache.v1.EvictArtifactH\x00\x12=\n\x0bunavailable\x18\x04 \x01(\x0b\x32&.loraplex.cache.v1.ArtifactUnavailableH\x00\x42\t\n\x07message\"!\n\x0e\x45ngineAccepted\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"U\n\x0cLoadArtifact\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\".\n\rEvictArtifact\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"T\n\x13\x41rtifactUnavailable\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"Y\n\x0fPrefetchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"\x12\n\x10PrefetchResponse\"W\n\x10LookAheadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x30\n\x08\x65xpected\x18\x02 \x03(\x0b\x32\x1e.loraplex.cache.v1.ExpectedUse\"h\n\x0b\x45xpectedUse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\twaited_ms\x18\x03 \x01(\x03\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"\x13\n\x11LookAheadResponse2\xa4\x02\n\x10ResidencyService\x12\x63\n\x0c\x41ttachEngine\x12&.loraplex.cache.v1.AttachEngineRequest\x1a\'.loraplex.cache.v1.AttachEngineResponse(\x01\x30\x01\x12S\n\x08Prefetch\x12\".loraplex.cache.v1.PrefetchRequest\x1a#.loraplex.cache.v1.PrefetchResponse\x12V\n\tLookAhead\x12#.loraplex.cache.v1.LookAheadRequest\x1a$.loraplex.cache.v1.LookAheadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!loraplex/cache/v1/residency.proto\x12\x11loraplex.cache.v1\"\xf2\x02\n\x13\x41ttachEngineRequest\x12;\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32$.loraplex.cache.v1.EngineDescriptionH\x00\x12\x34\n\x06wanted\x18\x02 \x01(\x0b\x32\".loraplex.cache.v1.ArtifactsWantedH\x00\x12\x33\n\x06loaded\x18\x03 \x01(\x0b\x32!.loraplex.cache.v1.ArtifactLoadedH\x00\x12<\n\x0bload_failed\x18\x04 \x01(\x0b\x32%.loraplex.cache.v1.ArtifactLoadFailedH\x00\x12\x35\n\x07\x65victed\x18\x05 \x01(\x0b\x32\".loraplex.cache.v1.ArtifactEvictedH\x00\x12\x33\n\x06in_use\x18\x06 \x01(\x0b\x32!.loraplex.cache.v1.ArtifactsInUseH\x00\x42\t\n\x07message\"\xd9\x01\n\x11\x45ngineDescription\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12\x30\n\x07modules\x18\x07 \x03(\x0b\x32\x1f.loraplex.cache.v1.TargetModule\x12\x18\n\x10resident_digests\x18\x08 \x03(\t\"G\n\x0cTargetModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\x05\x12\x14\n\x0cout_features\x18\x03 \x01(\x05\"\"\n\x0f\x41rtifactsWanted\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"6\n\x0e\x41rtifactLoaded\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x02 \x01(\x03\"E\n\x12\x41rtifactLoadFailed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"2\n\x0f\x41rtifactEvicted\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07\x65victed\x18\x02 \x01(\x08\"\x8c\x01\n\x0e\x41rtifactsInUse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\x12;\n\x05\x62\x65gun\x18\x02 \x03(\x0b\x32,.loraplex.cache.v1.ArtifactsInUse.BegunEntry\x1a,\n\nBegunEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xfb\x01\n\x14\x41ttachEngineResponse\x12\x35\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32!.loraplex.cache.v1.EngineAcceptedH\x00\x12/\n\x04load\x18\x02 \x01(\x0b\x32\x1f.loraplex.cache.v1.LoadArtifactH\x00\x12\x31\n\x05\x65vict\x18\x03 \x01(\x0b\x32 .loraplex.cache.v1.EvictArtifactH\x00\x12=\n\x0bunavailable\x18\x04 \x01(\x0b\x32&.loraplex.cache.v1.ArtifactUnavailableH\x00\x42\t\n\x07message\"!\n\x0e\x45ngineAccepted\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"U\n\x0cLoadArtifact\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\".\n\rEvictArtifact\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"T\n\x13\x41rtifactUnavailable\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"Y\n\x0fPrefetchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"\x12\n\x10PrefetchResponse\"W\n\x10LookAheadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x30\n\x08\x65xpected\x18\x02 \x03(\x0b\x32\x1e.loraplex.cache.v1.ExpectedUse\"h\n\x0b\x45xpectedUse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\twaited_ms\x18\x03 \x01(\x03\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"\x13\n\x11LookAheadResponse2\xa4\x02\n\x10ResidencyService\x12\x63\n\x0c\x41ttachEngine\x12&.loraplex.cache.v1.AttachEngineRequest\x1a\'.loraplex.cache.v1.AttachEngineResponse(\x01\x30\x01\x12S\n\x08Prefetch\x12\".loraplex.cache.v1.PrefetchRequest\x1a#.loraplex.cache.v1.PrefetchResponse\x12V\n\tLookAhead\x12#.loraplex.cache.v1.LookAheadRequest\x1a$.loraplex.cache.v1.LookAheadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.cache.v1.residency_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ARTIFACTSINUSE_BEGUNENTRY']._loaded_options = None
+  _globals['_ARTIFACTSINUSE_BEGUNENTRY']._serialized_options = b'8\001'
   _globals['_ATTACHENGINEREQUEST']._serialized_start=57
   _globals['_ATTACHENGINEREQUEST']._serialized_end=427
   _globals['_ENGINEDESCRIPTION']._serialized_start=430
@@ -45,28 +47,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACTLOADFAILED']._serialized_end=883
   _globals['_ARTIFACTEVICTED']._serialized_start=885
   _globals['_ARTIFACTEVICTED']._serialized_end=935
-  _globals['_ARTIFACTSINUSE']._serialized_start=937
-  _globals['_ARTIFACTSINUSE']._serialized_end=970
-  _globals['_ATTACHENGINERESPONSE']._serialized_start=973
-  _globals['_ATTACHENGINERESPONSE']._serialized_end=1224
-  _globals['_ENGINEACCEPTED']._serialized_start=1226
-  _globals['_ENGINEACCEPTED']._serialized_end=1259
-  _globals['_LOADARTIFACT']._serialized_start=1261
-  _globals['_LOADARTIFACT']._serialized_end=1346
-  _globals['_EVICTARTIFACT']._serialized_start=1348
-  _globals['_EVICTARTIFACT']._serialized_end=1394
-  _globals['_ARTIFACTUNAVAILABLE']._serialized_start=1396
-  _globals['_ARTIFACTUNAVAILABLE']._serialized_end=1480
-  _globals['_PREFETCHREQUEST']._serialized_start=1482
-  _globals['_PREFETCHREQUEST']._serialized_end=1571
-  _globals['_PREFETCHRESPONSE']._serialized_start=1573
-  _globals['_PREFETCHRESPONSE']._serialized_end=1591
-  _globals['_LOOKAHEADREQUEST']._serialized_start=1593
-  _globals['_LOOKAHEADREQUEST']._serialized_end=1680
-  _globals['_EXPECTEDUSE']._serialized_start=1682
-  _globals['_EXPECTEDUSE']._serialized_end=1786
-  _globals['_LOOKAHEADRESPONSE']._serialized_start=1788
-  _globals['_LOOKAHEADRESPONSE']._serialized_end=1807
-  _globals['_RESIDENCYSERVICE']._serialized_start=1810
-  _globals['_RESIDENCYSERVICE']._serialized_end=2102
+  _globals['_ARTIFACTSINUSE']._serialized_start=938
+  _globals['_ARTIFACTSINUSE']._serialized_end=1078
+  _globals['_ARTIFACTSINUSE_BEGUNENTRY']._serialized_start=1034
+  _globals['_ARTIFACTSINUSE_BEGUNENTRY']._serialized_end=1078
+  _globals['_ATTACHENGINERESPONSE']._serialized_start=1081
+  _globals['_ATTACHENGINERESPONSE']._serialized_end=1332
+  _globals['_ENGINEACCEPTED']._serialized_start=1334
+  _globals['_ENGINEACCEPTED']._serialized_end=1367
+  _globals['_LOADARTIFACT']._serialized_start=1369
+  _globals['_LOADARTIFACT']._serialized_end=1454
+  _globals['_EVICTARTIFACT']._serialized_start=1456
+  _globals['_EVICTARTIFACT']._serialized_end=1502
+  _globals['_ARTIFACTUNAVAILABLE']._serialized_start=1504
+  _globals['_ARTIFACTUNAVAILABLE']._serialized_end=1588
+  _globals['_PREFETCHREQUEST']._serialized_start=1590
+  _globals['_PREFETCHREQUEST']._serialized_end=1679
+  _globals['_PREFETCHRESPONSE']._serialized_start=1681
+  _globals['_PREFETCHRESPONSE']._serialized_end=1699
+  _globals['_LOOKAHEADREQUEST']._serialized_start=1701
+  _globals['_LOOKAHEADREQUEST']._serialized_end=1788
+  _globals['_EXPECTEDUSE']._serialized_start=1790
+  _globals['_EXPECTEDUSE']._serialized_end=1894
+  _globals['_LOOKAHEADRESPONSE']._serialized_start=1896
+  _globals['_LOOKAHEADRESPONSE']._serialized_end=1915
+  _globals['_RESIDENCYSERVICE']._serialized_start=1918
+  _globals['_RESIDENCYSERVICE']._serialized_end=2210
 # @@protoc_insertion_point(module_scope)
