@@ -115,7 +115,7 @@ class Devices:
         engine.commands.put_nowait(Evict(digest, force=False))
 
     def collect(self, alive: Set[str]) -> set[str]:
-        """Has what is not alive removed from devices unless requests use or wait for it; returns what there is and is needed."""
+        """Has what is not alive removed from devices unless requests need it; returns what is there and what they need."""
         held: set[str] = set()
         for engine in self.engines.values():
             for digest in [d for d in engine.resident if d not in alive | engine.needed]:

@@ -55,6 +55,7 @@ class Machine(Connection):
         # Sequences that have not begun, in the order they came.
         self._waiting: dict[int, Running] = {}
         self._in_use: Counter[str] = Counter()
+        self._begun: Counter[str] = Counter()
         self._link: deque[str] = deque()
         self._arrives_at: float | None = None
         self._is_changed = False
@@ -85,7 +86,8 @@ class Machine(Connection):
         if not self._is_changed:
             return None
         self._is_changed = False
-        self.device.use(frozenset(self._in_use), self._appraise, now)
+        self.device.use(frozenset(self._in_use), self._begun, self._appraise, now)
+        self._begun.clear()
         self.device.settle(now)
         while True:
             decided = self.device.plan((), self._appraise)
@@ -154,6 +156,7 @@ class Machine(Connection):
     def _use(self, digest: str, count: int) -> None:
         was = self._in_use[digest]
         self._in_use[digest] += count
+        self._begun[digest] += max(0, count)
         if not self._in_use[digest]:
             del self._in_use[digest]
         if not was or was + count == 0:
