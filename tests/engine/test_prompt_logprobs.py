@@ -12,6 +12,7 @@ import torch
 
 from engine.batch import Batch
 from engine.flight import Runs
+from engine.interrupts import Stop, never
 from engine.logprobs import TokenLogprob, logprobs_of
 from engine.lora import DeviceSegment
 from engine.model import Base
@@ -46,8 +47,8 @@ class WatchingRunner:
     def __post_init__(self) -> None:
         self.pool, self.adapters = self.runner.pool, self.runner.adapters
 
-    def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
-        logits = self.runner.run(batch, segments)
+    def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
+        logits = self.runner.run(batch, segments, stop)
         self.most = max(self.most, len(logits))
         return logits
 
@@ -132,8 +133,8 @@ def test_penalties_and_bias_do_not_touch_them(base: Base, oracle: Oracle) -> Non
 
 def test_a_prompt_whose_logits_are_not_finite_ends_its_sequence_alone(base: Base) -> None:
     class Broken(WatchingRunner):
-        def run(self, batch: Batch, segments: list[DeviceSegment]) -> torch.Tensor:
-            logits = super().run(batch, segments).clone()
+        def run(self, batch: Batch, segments: list[DeviceSegment], stop: Stop = never) -> torch.Tensor:
+            logits = super().run(batch, segments, stop).clone()
             for index, row in enumerate(batch.scored):
                 if row.sequence.tokens[0] == 13:
                     logits[len(batch.sampled) + index, 7] = float("nan")
