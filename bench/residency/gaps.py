@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -105,6 +106,7 @@ async def _measure(stack: Stack, write: Callable[[], list[Path]], arguments: arg
                 one = await _round(stack, beside, number, arguments)
                 # The first round warms up.
                 rounds[name] += [one] if number else []
+                sys.stderr.write(f"round {number} of {arguments.rounds}, {name}: p99 {_p99(one.gaps):.1f} ms\n")
         _print_gaps(rounds, arguments)
         alone = await _bring_up(stack, cold)
         print(f"\n{len(cold)} cold adapters come up in {alone:.1f} s while no stream runs")
