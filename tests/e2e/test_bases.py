@@ -79,6 +79,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             made.stack.start(name)
         for name in names[1:]:
             made.stack.wait_ready(name)
+        # A router is ready with the first engine; it tries the other again and again.
+        wait_until(lambda: described(made.stack) == ["red", "blue"], 60, "the router has both engines")
         yield made
     finally:
         for name in reversed(names):
