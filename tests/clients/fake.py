@@ -241,9 +241,10 @@ class FakeServer(generation_pb2_grpc.GenerationServiceServicer, adapter_pb2_grpc
         self, request: adapter_pb2.WatchAdaptersRequest, context: grpc.ServicerContext
     ) -> Iterator[adapter_pb2.AdapterEvent]:
         self._received(request, context)
+        # Before anything is sent: who leaves with the last event leaves this generator where it stands.
+        if not context.add_callback(self.cancelled.set):
+            self.cancelled.set()
         for name in sorted(self.adapters):
             yield adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT, adapter=self.adapters[name])
         yield adapter_pb2.AdapterEvent(kind=adapter_pb2.AdapterEvent.KIND_SNAPSHOT_END)
-        if context.add_callback(self.cancelled.set):
-            self.cancelled.wait(30)
-        self.cancelled.set()
+        self.cancelled.wait(30)
