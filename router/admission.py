@@ -25,6 +25,8 @@ _SHARE_TO_SERVE = 0.1
 _SHORTEST_RETRY = 0.1
 # Also the answer while nothing is being served at all.
 _LONGEST_RETRY = 30.0
+# Tokens per second that are as good as none.
+_SLOWEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def _own_limits(limits: Limits, flows: Flows, newcomer: Newcomer, per_second: fl
 
 
 def _deadline(flows: Flows, newcomer: Newcomer, per_second: float | None) -> Reject | None:
-    """Refuses at once whose answer would come too late."""
-    return too_late(newcomer, expected_wait(flows, newcomer, per_second)) if per_second else None
+    """Refuses at once whose answer would come too late; nobody who need not wait, as how long it will be is a guess."""
+    wait = expected_wait(flows, newcomer, per_second) if per_second else 0.0
+    return too_late(newcomer, wait) if wait else None
 
 
 def too_late(newcomer: Newcomer, wait: float = 0.0) -> Reject | None:
@@ -174,7 +177,7 @@ def expected_wait(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
 
 def _rate_of(flows: Flows, newcomer: Newcomer, per_second: float) -> float:
     """Tokens of its tenant that are served per second: as was seen, else its share of all that are."""
-    return newcomer.per_second or share_of(flows, newcomer.tenant) * per_second
+    return max(_SLOWEST, newcomer.per_second or share_of(flows, newcomer.tenant) * per_second)
 
 
 def _retry(tokens: int, share: float, per_second: float | None) -> float:

@@ -23,11 +23,12 @@ class Gate:
         return admit(self._limits, self._flows, self._newcomer(request, now), self._rate.per_second(now))
 
     def turn(self, request: Request, ticket: Ticket, now: float) -> Reject | None:
-        """A request's turn has come. It is refused when its answer would come too late, unless its turn had come before."""
+        """A request's turn has come. It is refused when its answer would come too late and others wait for the place: how long
+        the answer will be is a guess, and without others nothing is lost by it. Not when its turn had come before."""
         tenant = ticket.flow.tenant
         tenant.rate.note(now, ticket.waiting_tokens, is_busy=tenant.queued > 0)
         self._rate.note(now, ticket.waiting_tokens, is_busy=self._flows.queued > 0)
-        return None if request.engine else too_late(self._newcomer(request, now))
+        return too_late(self._newcomer(request, now)) if self._flows.queued and not request.engine else None
 
     def answered(self, request: Request, now: float) -> None:
         """A request has its whole answer. One that began on another engine says nothing of the pace."""

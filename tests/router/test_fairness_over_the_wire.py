@@ -153,3 +153,19 @@ async def test_who_has_nothing_on_engines_is_urgent_there_while_others_are_serve
         assert await urgent("modest")
         engine.stepping.set()
         await asyncio.gather(*calls)
+
+
+async def test_where_nobody_waits_a_short_deadline_is_no_reason_to_refuse() -> None:
+    engine = FakeEngine(max_sequences=1)
+    async with running(engines=[engine]) as r:
+        # Given answers that have taken long
+        for _ in range(2):
+            engine.stepping.clear()
+            call = ask(r, "t", tokens=6)
+            await until(lambda: engine.running)
+            await asyncio.sleep(0.9)
+            engine.stepping.set()
+            await call
+        # Then one that may not take as long is begun all the same; this time it is quick
+        answer: generation_pb2.GenerateResponse = await ask(r, "t", tokens=6, timeout=0.7)
+        assert len(answer.token_ids) == 6
